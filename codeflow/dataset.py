@@ -1,0 +1,294 @@
+"""A dataset folder: where things live, what counts as done, and how it is read back.
+
+    data/
+      codeflow.json          marks the folder as a dataset: format version
+      recipe.toml            the resolved recipe
+      sources.json           the canonical list of repositories
+      clones/<repo>.git      bare clones of remote sources (a cache; not part of the data)
+      markers/<step>/<unit>.json   a finished unit: its fingerprint, files, counts
+      tables/<table>/<unit>.<fp>.parquet
+      shards/                manifest.json, tokenizer.json, shard-NNNNN.<fp>.parquet
+      manifest.json          every data file with rows, bytes and sha256; written when a run ends
+      journal.jsonl          what ran when, how long, how much memory (never part of the data)
+
+Commit protocol: a unit writes its files under temporary names, renames each to a name that holds
+the unit's fingerprint, then writes its marker, atomically. Only files named by a marker exist for
+readers, so a killed worker leaves nothing that counts, and the same unit done twice is the same
+bytes under the same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codeflow.errors import DatasetError, did_you_mean
+from codeflow.recipe import Recipe, load_recipe, to_toml
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One committed file. `path` is relative to the dataset folder."""
+
+    table: str
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The record that makes a unit count.
+
+    Attributes:
+        fingerprint: Hash of the unit's inputs, its settings and its code version.
+        status: `done` or `quarantined`.
+        reason: Why it was quarantined.
+        files: What readers may read.
+        counts: Named numbers for the summary; the same for the same fingerprint.
+        facts: Values that later steps need and that are no table (e.g. the pinned head).
+    """
+
+    step: str
+    unit: str
+    fingerprint: str
+    status: str = "done"
+    reason: str = ""
+    files: tuple[DataFile, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> Marker:
+        value = json.loads(text)
+        value["files"] = tuple(DataFile(**f) for f in value["files"])
+        return cls(**value)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing, durably: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Dataset:
+    """A dataset folder that exists. Make one with `create` or `open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path) -> Dataset:
+        """Open a dataset, making it when the folder is absent or empty.
+
+        Raises:
+            DatasetError: The folder holds something else, or cannot be written.
+        """
+        if (root / "codeflow.json").exists():
+            return cls.open(root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            strangers = [p for p in root.iterdir() if ".tmp-" not in p.name and p.name != ".lock"]
+            if strangers:
+                raise DatasetError(
+                    f"{root} is not a codeflow dataset and not empty (it holds "
+                    f"`{strangers[0].name}`): name an empty or new folder with --out"
+                )
+            marker = json.dumps({"format": "codeflow-dataset", "format_version": FORMAT_VERSION})
+            write_atomically(root / "codeflow.json", marker.encode() + b"\n")
+        except FileExistsError as e:
+            raise DatasetError(f"{root} is a file: name a folder with --out") from e
+        except OSError as e:
+            raise DatasetError(f"cannot write to {root}: {e.strerror}") from e
+        return cls(root)
+
+    @classmethod
+    def open(cls, root: Path) -> Dataset:
+        """Open an existing dataset.
+
+        Raises:
+            DatasetError: No dataset there, or one of a newer format.
+        """
+        try:
+            header = json.loads((root / "codeflow.json").read_text())
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise DatasetError(
+                f"{root} is not a codeflow dataset (no codeflow.json there): "
+                "make one with `codeflow build --repos list.txt --out DIR`"
+            ) from e
+        except (OSError, ValueError) as e:
+            raise DatasetError(f"cannot read {root / 'codeflow.json'}: {e}") from e
+        if header.get("format_version", 0) > FORMAT_VERSION:
+            raise DatasetError(
+                f"{root} has dataset format {header['format_version']}, this codeflow reads up to "
+                f"{FORMAT_VERSION}: upgrade codeflow"
+            )
+        return cls(root)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the dataset for writing; a second writer gets an error instead of a mess."""
+        try:
+            lock = open(self.root / ".lock", "w")
+        except OSError as e:
+            raise DatasetError(f"cannot write to {self.root}: {e.strerror}") from e
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise DatasetError(f"{self.root} is in use by another codeflow run") from e
+            yield
+
+    # -- recipe and sources ----------------------------------------------------------------------
+
+    def stored_recipe(self) -> Recipe | None:
+        path = self.root / "recipe.toml"
+        return load_recipe(path) if path.exists() else None
+
+    def store_recipe(self, recipe: Recipe) -> None:
+        write_atomically(self.root / "recipe.toml", to_toml(recipe).encode())
+
+    def stored_sources(self) -> list[dict[str, Any]] | None:
+        path = self.root / "sources.json"
+        return list(json.loads(path.read_text())) if path.exists() else None
+
+    def store_sources(self, sources: list[dict[str, Any]]) -> None:
+        text = json.dumps(sources, indent=1, ensure_ascii=True) + "\n"
+        write_atomically(self.root / "sources.json", text.encode())
+
+    # -- markers -------------------------------------------------------------------------------
+
+    def _marker_path(self, step: str, unit: str) -> Path:
+        return self.root / "markers" / step / f"{unit}.json"
+
+    def marker(self, step: str, unit: str) -> Marker | None:
+        try:
+            return Marker.from_json(self._marker_path(step, unit).read_text())
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as e:
+            path = self._marker_path(step, unit)
+            raise DatasetError(f"{path} is damaged ({e}): delete it to redo that unit") from e
+
+    def markers(self, step: str) -> list[Marker]:
+        """All markers of a step, by unit name."""
+        folder = self.root / "markers" / step
+        names = sorted(p.stem for p in folder.glob("*.json")) if folder.is_dir() else []
+        return [m for name in names if (m := self.marker(step, name)) is not None]
+
+    def commit(self, marker: Marker) -> None:
+        text = json.dumps(asdict(marker), indent=1, sort_keys=True)
+        write_atomically(self._marker_path(marker.step, marker.unit), text.encode() + b"\n")
+
+    def forget(self, step: str, units: Iterable[str]) -> None:
+        for unit in units:
+            self._marker_path(step, unit).unlink(missing_ok=True)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def files(self, table: str) -> list[DataFile]:
+        """Committed files of a table over all finished units, in unit order."""
+        every = [f for m in self.all_markers() for f in m.files]
+        found = [f for f in every if f.table == table]
+        if not found:
+            known = {f.table for f in every}
+            raise DatasetError(
+                f"{self.root} has no table `{table}` yet. {did_you_mean(table, known)}"
+            )
+        return found
+
+    def has(self, table: str) -> bool:
+        """Has any unit written this table yet?"""
+        return any(f.table == table for m in self.all_markers() for f in m.files)
+
+    def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole table in memory, checksums verified."""
+        from codeflow.work import read_files
+
+        return read_files([self.root / f.path for f in self.files(table)], table, columns)
+
+    # -- housekeeping --------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Delete what no marker names: leftovers of killed workers and of earlier recipes."""
+        named = {self.root / f.path for m in self.all_markers() for f in m.files}
+        named.add(self.root / "shards" / "manifest.json")
+        named.add(self.root / "shards" / "tokenizer.json")
+        for folder in ("tables", "shards", "markers"):
+            for path in sorted((self.root / folder).rglob("*"), reverse=True):
+                stale = folder != "markers" and path not in named
+                if path.is_file() and (stale or ".tmp-" in path.name):
+                    path.unlink()
+                elif path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        clones = self.root / "clones"
+        for path in clones.glob("*.tmp-*") if clones.is_dir() else []:
+            shutil.rmtree(path)
+
+    def write_manifest(self, recipe: Recipe) -> None:
+        """Freeze what the dataset consists of. Holds no time and no machine: same data, same bytes."""
+        from codeflow import __version__
+
+        manifest = {
+            "format": "codeflow-dataset",
+            "format_version": FORMAT_VERSION,
+            "codeflow_version": __version__,
+            "recipe": recipe.name,
+            "recipe_hash": recipe.hash,
+            "quarantined": [
+                {"step": m.step, "unit": m.unit, "reason": m.reason}
+                for m in self.all_markers()
+                if m.status != "done"
+            ],
+            "files": sorted(
+                (asdict(f) for m in self.all_markers() for f in m.files), key=lambda f: f["path"]
+            ),
+        }
+        write_atomically(
+            self.root / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n"
+        )
+
+    def journal(self, **event: Any) -> None:
+        """Append one line to the run log."""
+        with open(self.root / "journal.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(event) + "\n")
+
+    def all_markers(self) -> Iterator[Marker]:
+        markers = self.root / "markers"
+        for folder in sorted(markers.iterdir()) if markers.is_dir() else []:
+            yield from self.markers(folder.name)
