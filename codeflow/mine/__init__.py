@@ -1,0 +1,1 @@
+"""Repositories to triples: sources, clones, mainline, window, endpoints, patches, proof."""

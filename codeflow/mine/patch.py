@@ -1,0 +1,108 @@
+"""Unified diffs of git, bytes in and bytes out: split into files, and apply exactly.
+
+No fuzz, no offset search, no white-space tolerance: a hunk fits at its line or the patch is wrong.
+Lines end at `\\n` only; carriage returns, form feeds and U+2028 are ordinary bytes.
+"""
+
+from __future__ import annotations
+
+import re
+
+_HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+
+
+class PatchError(ValueError):
+    """The patch does not fit the content it is applied to, or is malformed."""
+
+
+def split_patch(patch: bytes) -> list[bytes]:
+    """The sections of a patch, one a file, each starting at its `diff --git` line.
+
+    Hunk line counts decide where a hunk ends, so content that looks like a header is no header.
+    """
+    lines = _lines(patch)
+    starts, i = [], 0
+    while i < len(lines):
+        if not lines[i].startswith(b"diff --git "):
+            raise PatchError(f"line {i + 1}: expected `diff --git`, found {lines[i][:40]!r}")
+        starts.append(i)
+        i += 1
+        while i < len(lines) and not lines[i].startswith(b"diff --git "):
+            i = _skip_hunk(lines, i) if lines[i].startswith(b"@@ ") else i + 1
+    starts.append(len(lines))
+    return [b"".join(lines[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def apply_section(old: bytes, section: bytes) -> bytes:
+    """The new content of one file: `old` with the section's hunks applied.
+
+    Args:
+        old: Old content; empty for an added file.
+        section: One file's part of a patch. Without hunks (pure rename, mode change) the content
+            stays as it is.
+
+    Raises:
+        PatchError: A context or deleted line differs from `old`, or the section is malformed.
+    """
+    lines = _lines(section)
+    at = next((i for i, line in enumerate(lines) if line.startswith(b"@@ ")), len(lines))
+    if at == len(lines):
+        return old
+    source, result, position = _lines(old), [], 0
+    while at < len(lines):
+        old_start, old_count, new_count = _hunk_header(lines[at])
+        at += 1
+        start = old_start - 1 if old_count else old_start
+        if not position <= start <= len(source):
+            raise PatchError(f"hunk at old line {old_start} is out of order or past the end")
+        result += source[position:start]
+        position = start
+        while old_count > 0 or new_count > 0 or (at < len(lines) and lines[at][:1] == b"\\"):
+            if at >= len(lines):
+                raise PatchError("the last hunk is cut short")
+            sign, body = lines[at][:1], lines[at][1:]
+            at += 1
+            if sign == b"\\":
+                continue
+            if at < len(lines) and lines[at][:1] == b"\\":
+                body = body.removesuffix(b"\n")
+            if sign in (b" ", b"-"):
+                if position >= len(source) or source[position] != body:
+                    raise PatchError(f"old line {position + 1} is not what the patch expects")
+                position += 1
+                old_count -= 1
+            if sign in (b" ", b"+"):
+                result.append(body)
+                new_count -= 1
+            if sign not in (b" ", b"-", b"+"):
+                raise PatchError(f"unexpected line in a hunk: {sign + body[:40]!r}")
+        if old_count < 0 or new_count < 0:
+            raise PatchError("a hunk holds more lines than its header says")
+    return b"".join(result + source[position:])
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """Split after each newline byte; the last line may lack one."""
+    lines = data.split(b"\n")
+    last = lines.pop()
+    result = [line + b"\n" for line in lines]
+    return [*result, last] if last else result
+
+
+def _hunk_header(line: bytes) -> tuple[int, int, int]:
+    match = _HUNK.match(line)
+    if match is None:
+        raise PatchError(f"malformed hunk header {line[:60]!r}")
+    old_start, old_count, _, new_count = match.groups()
+    return int(old_start), int(old_count or 1), int(new_count or 1)
+
+
+def _skip_hunk(lines: list[bytes], at: int) -> int:
+    _, old_count, new_count = _hunk_header(lines[at])
+    at += 1
+    while at < len(lines) and (old_count > 0 or new_count > 0 or lines[at][:1] == b"\\"):
+        sign = lines[at][:1]
+        old_count -= sign in (b" ", b"-")
+        new_count -= sign in (b" ", b"+")
+        at += 1
+    return at

