@@ -1,0 +1,1 @@
+"""Documents to shards: vocabulary, best-fit rows, Parquet files with a manifest."""

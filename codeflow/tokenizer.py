@@ -1,0 +1,90 @@
+"""Text to token ids, with control tokens that no source text can forge.
+
+Wraps a `tokenizer.json` of the `tokenizers` library. Control tokens are inserted by id when a
+document is put together; the same characters inside a source file are ordinary text. (By default
+every BPE library turns a literal `<|endoftext|>` in a file into the real control token.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as _HFTokenizer
+
+from codeflow.errors import CodeflowError
+
+END = "<|endoftext|>"
+REPO = "<|repo_name|>"
+FILE = "<|file_sep|>"
+COMMIT_MESSAGE = "<|commit_msg|>"
+COMMIT_AFTER = "<|commit_after|>"
+
+#: Control tokens of a trained vocabulary, in id order: those of the IQuest-Coder-V1 report, and
+#: StarCoder's commit tokens, because the report names none for changes.
+CONTROL_TOKENS = (
+    END,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    REPO,
+    FILE,
+    "<|commit_before|>",
+    COMMIT_MESSAGE,
+    COMMIT_AFTER,
+)
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary.
+
+    Attributes:
+        vocab_size: Number of ids, control tokens included.
+        sha256: Hash of the tokenizer.json it was read from.
+    """
+
+    def __init__(self, data: bytes, where: str) -> None:
+        try:
+            self._tokenizer = _HFTokenizer.from_str(data.decode("utf-8"))
+        except Exception as e:  # the library raises bare Exception for any malformed file
+            raise CodeflowError(f"{where} is not a tokenizer.json: {e}") from e
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        if self.control_id(END) is None:
+            raise CodeflowError(f"{where} has no {END} token, which ends every document")
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Read a tokenizer.json.
+
+        Raises:
+            CodeflowError: It cannot be read, is none, or lacks the end-of-text token.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise CodeflowError(f"cannot read tokenizer {path}: {e.strerror}") from e
+        return cls(data, str(path))
+
+    def control_id(self, token: str) -> int | None:
+        """Id of a control token; None when this vocabulary lacks it."""
+        found = self._tokenizer.token_to_id(token)
+        return None if found is None else int(found)
+
+    def control_ids(self) -> dict[str, int]:
+        """Those of `CONTROL_TOKENS` that this vocabulary has."""
+        return {t: i for t in CONTROL_TOKENS if (i := self.control_id(t)) is not None}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; nothing in a text becomes a control token."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [e.ids for e in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens shown by name."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
