@@ -1,0 +1,438 @@
+"""The command line: read options, call one function, print.
+
+No work is done here, and nothing heavy is imported before a command needs it: `codeflow --help`
+must not load Arrow, libgit2 or torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from codeflow import __version__
+from codeflow.errors import CodeflowError
+
+if TYPE_CHECKING:
+    from codeflow.pipeline import RunOptions
+    from codeflow.recipe import Recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Entry point: every error on purpose is one message and its exit code, never a traceback."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; finished units are kept: run the same command to go on", err=True)
+        code = 130
+    except CodeflowError as e:
+        click.echo(f"error: {e}", err=True)
+        code = e.exit_code
+    except BrokenPipeError:  # `codeflow show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        click.echo(f"error: no space left on the disk ({e.filename or 'output'}): free some and "
+                   "run the same command again; finished units are kept", err=True)  # fmt: skip
+        code = 1
+    sys.exit(code or 0)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  codeflow build --repos list.txt --out data/
+  codeflow build --repos list.txt --out data/ --set pack.length=131072
+  codeflow verify data/
+  codeflow train --shards data/ --out run/ --steps 300
+""",
+)
+@click.version_option(__version__, prog_name="codeflow")
+def cli() -> None:
+    """Mine git histories into (old repository, patch, new repository) training data."""
+
+
+# -- options shared by commands ---------------------------------------------------------------------
+
+
+def _recipe_options(command: F) -> F:
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
+        help="Override one setting; may be repeated.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--recipe", "recipe_path", type=click.Path(dir_okay=False, path_type=Path),
+        help="Recipe file (TOML). Default: the dataset's own, or the built-in one.",
+    )(command)  # fmt: skip
+
+
+def _run_options(command: F) -> F:
+    for option in reversed(
+        [
+            click.option("--executor", default="local", show_default=True,
+                         help="How units run: local (supervised processes) or inline (debugging)."),
+            click.option("--workers", type=click.IntRange(1), default=None,
+                         help="Units at work at a time. Default: number of cores."),
+            click.option("--failed", "retry_failed", is_flag=True,
+                         help="Run quarantined units again, too."),
+            click.option("--dry-run", is_flag=True, help="Say what would run; write nothing."),
+            click.option("--json", "as_json", is_flag=True,
+                         help="Print the summary as JSON on standard output."),
+            click.option("--quiet", "-q", is_flag=True, help="No progress."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _source_options(command: F) -> F:
+    for option in reversed(
+        [
+            click.option("--repos", required=True, type=click.Path(path_type=Path),
+                         help="List of repositories, one a line: URL, owner/name (GitHub), path or "
+                         "git bundle; # starts a comment."),
+            click.option("--out", required=True, type=click.Path(path_type=Path),
+                         help="Dataset folder; made when absent."),
+            click.option("--limit", type=click.IntRange(1), default=None,
+                         help="Take only the first repositories of the list."),
+            click.option("--update", is_flag=True,
+                         help="Pin the heads of all repositories anew."),
+            click.option("--replace-recipe", is_flag=True,
+                         help="Turn a dataset of another recipe over to this one."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+# -- making data --------------------------------------------------------------------------------------
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  printf 'pallets/flask\\n./my-project\\n' > list.txt
+  codeflow build --repos list.txt --out data/
+  codeflow build --repos list.txt --out data/ --recipe pipelines/midtrain-32k.toml
+  codeflow build --repos list.txt --out data/ --set dedup.threshold=0.85 --dry-run
+"""
+)
+@_source_options
+@_recipe_options
+@_run_options
+def build(**options: Any) -> int:
+    """Everything: from a list of repositories to packed training shards.
+
+    Run it again after an interruption or a changed setting: only what is missing is computed.
+    """
+    return _build_from_list("pack", **options)
+
+
+@cli.command(
+    epilog="""\b
+Example:
+  codeflow mine --repos list.txt --out data/ --set mine.max_lines=300
+"""
+)
+@_source_options
+@_recipe_options
+@_run_options
+def mine(**options: Any) -> int:
+    """Repositories to triples: clone, find the maturity window, cut and prove triples."""
+    return _build_from_list("mine", **options)
+
+
+def _stage_command(stage: str, text: str, example: str) -> None:
+    @cli.command(stage, help=text, epilog=f"\b\nExample:\n  {example}\n")
+    @click.argument("data", type=click.Path(path_type=Path))
+    @_recipe_options
+    @_run_options
+    def command(
+        data: Path, recipe_path: Path | None, overrides: tuple[str, ...], **run: Any
+    ) -> int:
+        return _build(data, None, stage, recipe_path, overrides, **run)
+
+
+_stage_command(
+    "dedup",
+    "Find near-duplicate triples of an existing dataset (MinHash, verified).",
+    "codeflow dedup data/ --set dedup.threshold=0.85",
+)
+_stage_command(
+    "filter",
+    "Score triples and decide which stay, each drop with its reason.",
+    "codeflow filter data/ --set filter.permissive_only=true",
+)
+_stage_command(
+    "compose",
+    "Turn kept triples into training documents.",
+    "codeflow compose data/ --set compose.context=none",
+)
+_stage_command(
+    "pack",
+    "Pack documents into rows and write shards.",
+    "codeflow pack data/ --set pack.length=131072",
+)
+
+
+# -- looking at data ----------------------------------------------------------------------------------
+
+
+@cli.command(
+    epilog="""\b
+Example:
+  codeflow verify data/
+"""
+)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), default=None, help="Default: number of cores.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(data: Path, workers: int | None, as_json: bool) -> int:
+    """Prove a dataset: every checksum, and R_old + P = R_new for every triple.
+
+    Needs nothing but the dataset. Exits with 1 when anything is wrong.
+    """
+    import dataclasses
+
+    from codeflow.dataset import Dataset
+    from codeflow.verify import verify as run_verify
+
+    result = run_verify(Dataset.open(data), workers or _cores())
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result)))
+    else:
+        for problem in result.problems[:50]:
+            click.echo(f"bad: {problem}", err=True)
+        if len(result.problems) > 50:
+            click.echo(f"… and {len(result.problems) - 50} more", err=True)
+        percent = 100 * result.proven / result.triples if result.triples else 100.0
+        click.echo(
+            f"{result.proven:,} of {result.triples:,} triples proven ({percent:.2f} %), "
+            f"{result.complete:,} by their patch alone; {result.files:,} files checked, "
+            f"{len(result.problems):,} problems"
+        )
+    return 1 if result.problems else 0
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  codeflow show data/                 the summary
+  codeflow show data/ pallets         a repository and its triples
+  codeflow show data/ 41f0            a triple or a document, by the start of its id
+  codeflow show data/ row:0           the first packed row
+  codeflow show data/ decisions       every drop with its reason
+  codeflow show data/ recipe          the resolved recipe, with meanings and sources
+"""
+)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("item", default="")
+def show(data: Path, item: str) -> None:
+    """Show a dataset, or one repository, triple, document or row of it."""
+    from codeflow.dataset import Dataset
+    from codeflow.recipe import Recipe, to_toml
+
+    dataset = Dataset.open(data)
+    recipe = dataset.stored_recipe() or Recipe()
+    if not item:
+        from codeflow.report.summary import render, summarize
+
+        click.echo(render(summarize(dataset, recipe), recipe))
+    elif item == "recipe":
+        click.echo(to_toml(recipe, comments=True), nl=False)
+    else:
+        from codeflow.report.show import show as show_item
+
+        click.echo(show_item(dataset, item))
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  codeflow recipe > my-recipe.toml
+  codeflow recipe --recipe pipelines/quickstart.toml --set pack.length=65536
+"""
+)
+@_recipe_options
+def recipe(recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Print a resolved recipe: every setting with meaning, unit and source."""
+    from codeflow.recipe import load_recipe, to_toml
+
+    click.echo(to_toml(load_recipe(recipe_path, overrides), comments=True), nl=False)
+
+
+@cli.command()
+@click.argument("table", default="")
+@click.option("--write", type=click.Path(path_type=Path, file_okay=False),
+              help="Write one JSON file a table into this folder.")  # fmt: skip
+def schema(table: str, write: Path | None) -> None:
+    """Print the tables and their columns, or write them as files."""
+    from codeflow.errors import UsageError, did_you_mean
+    from codeflow.tables import TABLES, schema_json
+
+    if table and table not in TABLES:
+        raise UsageError(f"no table `{table}`. {did_you_mean(table, TABLES)}")
+    chosen = [TABLES[table]] if table else list(TABLES.values())
+    if write is not None:
+        write.mkdir(parents=True, exist_ok=True)
+        for t in chosen:
+            text = json.dumps(schema_json(t), indent=1, ensure_ascii=False) + "\n"
+            (write / f"{t.name}.json").write_text(text, encoding="utf-8")
+        click.echo(f"{len(chosen)} files in {write}")
+        return
+    for t in chosen:
+        click.echo(click.style(t.name, bold=True) + f"  {t.meaning}")
+        for c in t.columns:
+            unit = f" [{c.unit}]" if c.unit else ""
+            optional = "?" if c.nullable else ""
+            click.echo(f"  {c.name + optional:<22} {c.type!s:<28} {c.meaning}{unit}")
+        click.echo()
+
+
+# -- training -----------------------------------------------------------------------------------------
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  codeflow train --shards data/ --out run/ --steps 300
+  codeflow train --shards data/ --out run/ --size small --set train.learning_rate=3e-4
+"""
+)
+@click.option("--shards", required=True, help="Dataset folder, shards folder or its manifest.json.")
+@click.option("--out", required=True, help="Folder for metrics.jsonl and checkpoints.")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer updates.")
+@click.option("--size", help="Named model size.")
+@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with [model], [train].")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
+              help="Override one setting; may be repeated.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train(as_json: bool, **options: Any) -> None:
+    """Train a LoopCoder on shards (needs the `train` extra: torch, safetensors)."""
+    import dataclasses
+
+    try:
+        from codeflow.train.__main__ import summary
+        from codeflow.train.trainer import run
+    except ModuleNotFoundError as e:
+        raise CodeflowError(
+            f"training needs {e.name}: pip install 'codeflow[train]' (see the README for CPU builds)"
+        ) from e
+    result = run(options.pop("shards"), options.pop("out"), **options)
+    click.echo(json.dumps(dataclasses.asdict(result)) if as_json else summary(result))
+
+
+# -- one build ------------------------------------------------------------------------------------------
+
+
+def _build_from_list(
+    until: str, *, repos: Path, out: Path, limit: int | None, recipe_path: Path | None,
+    overrides: tuple[str, ...], **options: Any,
+) -> int:  # fmt: skip
+    from codeflow.mine.sources import read_sources
+
+    sources = read_sources(repos)[:limit]
+    return _build(out, sources, until, recipe_path, overrides, **options)
+
+
+def _build(
+    root: Path,
+    sources: Any,
+    until: str,
+    recipe_path: Path | None,
+    overrides: tuple[str, ...],
+    *,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    workers: int | None,
+    **options: Any,
+) -> int:
+    from codeflow.dataset import Dataset
+    from codeflow.pipeline import RunOptions, build
+    from codeflow.report.progress import make_progress
+    from codeflow.report.summary import render, summarize
+
+    run = RunOptions(workers=workers or _cores(), **options)
+    chosen = _resolve_recipe(root, recipe_path, overrides)
+    if dry_run:
+        return _print_plan(root, chosen, sources, until, as_json)
+    progress = make_progress(quiet or as_json)
+    dataset = Dataset.open(root) if sources is None else Dataset.create(root)
+    listed = len(sources if sources is not None else dataset.stored_sources() or [])
+    progress.note(_headline(chosen, listed, run))
+    result = build(root, chosen, sources, progress, run, until)
+    summary = summarize(dataset, chosen)
+    if as_json:
+        units = {"units_run": result.ran, "units_skipped": result.skipped}
+        click.echo(json.dumps(summary.as_json() | units))
+        return result.exit_code
+    if result.ran == 0:
+        click.echo(f"nothing to do: all {result.skipped} units are up to date", err=True)
+    click.echo(render(summary, chosen))
+    if result.quarantined:
+        click.echo(f"{len(result.quarantined)} units failed; once the cause is gone: same command "
+                   "with --failed", err=True)  # fmt: skip
+    if until == "pack":
+        click.echo(f"next: codeflow verify {root}   codeflow show {root} row:0   "
+                   f"codeflow train --shards {root} --out run/")  # fmt: skip
+    return result.exit_code
+
+
+def _resolve_recipe(root: Path, path: Path | None, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe named, else the dataset's own, else the built-in one; with overrides applied."""
+    from codeflow.dataset import Dataset
+    from codeflow.recipe import load_recipe, override_recipe
+
+    if path is None and (root / "codeflow.json").exists():
+        stored = Dataset.open(root).stored_recipe()
+        if stored is not None:
+            return override_recipe(stored, overrides)
+    return load_recipe(path, overrides)
+
+
+def _print_plan(root: Path, recipe: Recipe, sources: Any, until: str, as_json: bool) -> int:
+    from codeflow.pipeline import STEPS, plan
+
+    steps = plan(root, recipe, sources)
+    last = max(i for i, s in enumerate(STEPS) if s.stage == until)
+    steps = {s.name: steps[s.name] for s in STEPS[: last + 1]}
+    if as_json:
+        click.echo(json.dumps({n: {"to_run": t, "done": d} for n, (t, d) in steps.items()}))
+        return 0
+    for name, (todo, done) in steps.items():
+        click.echo(f"{name:<10} {todo:>6} to run {done:>6} done")
+    return 0
+
+
+def _headline(recipe: Recipe, repositories: int, run: RunOptions) -> str:
+    how = "inline" if run.executor == "inline" else f"{run.executor}, {run.workers} workers"
+    plural = "repository" if repositories == 1 else "repositories"
+    return (
+        f"codeflow {__version__} · recipe {recipe.name}@{recipe.hash[:8]} · "
+        f"{repositories} {plural} · {how}"
+    )
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
