@@ -66,7 +66,7 @@ def cli() -> None:
     """Mine git histories into (old repository, patch, new repository) training data."""
 
 
-# -- options shared by commands ---------------------------------------------------------------------
+# -- options shared by commands -------------------------------------------------------------------
 
 
 def _recipe_options(command: F) -> F:
@@ -119,7 +119,7 @@ def _source_options(command: F) -> F:
     return command
 
 
-# -- making data --------------------------------------------------------------------------------------
+# -- making data ----------------------------------------------------------------------------------
 
 
 @cli.command(
@@ -189,7 +189,7 @@ _stage_command(
 )
 
 
-# -- looking at data ----------------------------------------------------------------------------------
+# -- looking at data ------------------------------------------------------------------------------
 
 
 @cli.command(
@@ -303,7 +303,7 @@ def schema(table: str, write: Path | None) -> None:
         click.echo()
 
 
-# -- training -----------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 @cli.command(
@@ -337,7 +337,7 @@ def train(as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(dataclasses.asdict(result)) if as_json else summary(result))
 
 
-# -- one build ------------------------------------------------------------------------------------------
+# -- one build ------------------------------------------------------------------------------------
 
 
 def _build_from_list(
@@ -434,5 +434,3 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         return os.cpu_count() or 1
-
-

@@ -80,7 +80,7 @@ class Marker:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing, durably: temporary name, fsync, rename, fsync of the folder."""
+    """Write a whole file or nothing, durably: temporary name, fsync, rename, fsync of folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -162,7 +162,7 @@ class Dataset:
     def locked(self) -> Iterator[None]:
         """Hold the dataset for writing; a second writer gets an error instead of a mess."""
         try:
-            lock = open(self.root / ".lock", "w")
+            lock = open(self.root / ".lock", "w")  # noqa: SIM115 - closed by `with` below
         except OSError as e:
             raise DatasetError(f"cannot write to {self.root}: {e.strerror}") from e
         with lock:
@@ -174,7 +174,7 @@ class Dataset:
                 raise DatasetError(f"{self.root} is in use by another codeflow run") from e
             yield
 
-    # -- recipe and sources ----------------------------------------------------------------------
+    # -- recipe and sources -----------------------------------------------------------------------
 
     def stored_recipe(self) -> Recipe | None:
         path = self.root / "recipe.toml"
@@ -191,7 +191,7 @@ class Dataset:
         text = json.dumps(sources, indent=1, ensure_ascii=True) + "\n"
         write_atomically(self.root / "sources.json", text.encode())
 
-    # -- markers -------------------------------------------------------------------------------
+    # -- markers ----------------------------------------------------------------------------------
 
     def _marker_path(self, step: str, unit: str) -> Path:
         return self.root / "markers" / step / f"{unit}.json"
@@ -219,7 +219,7 @@ class Dataset:
         for unit in units:
             self._marker_path(step, unit).unlink(missing_ok=True)
 
-    # -- reading -------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------
 
     def files(self, table: str) -> list[DataFile]:
         """Committed files of a table over all finished units, in unit order."""
@@ -242,7 +242,7 @@ class Dataset:
 
         return read_files([self.root / f.path for f in self.files(table)], table, columns)
 
-    # -- housekeeping --------------------------------------------------------------------------
+    # -- housekeeping -----------------------------------------------------------------------------
 
     def sweep(self) -> None:
         """Delete what no marker names: leftovers of killed workers and of earlier recipes."""
@@ -261,7 +261,7 @@ class Dataset:
             shutil.rmtree(path)
 
     def write_manifest(self, recipe: Recipe) -> None:
-        """Freeze what the dataset consists of. Holds no time and no machine: same data, same bytes."""
+        """Freeze what the dataset consists of. Holds no time, no machine: same data, same bytes."""
         from codeflow import __version__
 
         manifest = {

@@ -111,7 +111,7 @@ def is_test(path: bytes) -> bool:
 
 
 def is_safe(path: bytes) -> bool:
-    """Could git itself check this path out? False for `..`, `.git`, empty parts, NUL, over 4 KiB."""
+    """Could git itself check this path out? Not with `..`, `.git`, empty parts, NUL, over 4 KiB."""
     if not path or len(path) > 4096 or b"\0" in path:
         return False
     return all(

@@ -135,7 +135,7 @@ def build(
     recipe: Recipe,
     sources: Sequence[Source] | None,
     progress: Progress,
-    options: RunOptions = RunOptions(),  # noqa: B008 - frozen
+    options: RunOptions = RunOptions(),
     until: str = "pack",
 ) -> BuildResult:
     """Bring a dataset up to date with its recipe and sources, as far as one stage.
@@ -148,7 +148,8 @@ def build(
 
     Raises:
         DatasetError: The folder is no dataset, is another recipe's, is in use, or its disk is full.
-        CodeflowError: No repository could be mined, no triple was kept, or a dataset-wide step failed.
+        CodeflowError: No repository could be mined, no triple was kept, or a dataset-wide step
+            failed.
     """
     if until not in STAGES:
         raise UsageError(f"unknown stage `{until}`. {did_you_mean(until, STAGES)}")
@@ -170,7 +171,9 @@ def build(
     return BuildResult(runner.ran, runner.skipped, tuple(runner.quarantined))
 
 
-def plan(root: Path, recipe: Recipe, sources: Sequence[Source] | None) -> dict[str, tuple[int, int]]:
+def plan(
+    root: Path, recipe: Recipe, sources: Sequence[Source] | None
+) -> dict[str, tuple[int, int]]:
     """How many units of each step would run and how many are done, as far as can be told now.
 
     A step whose inputs must be computed first counts all its units as to run. Nothing is written.
@@ -385,16 +388,18 @@ class _Runner:
                 "mine.min_lines with --set"
             )
         if step.name == "decide" and not counts["kept"]:
-            reasons = ", ".join(f"{k.removeprefix('dropped_')} {v}" for k, v in counts.most_common())
+            reasons = ", ".join(
+                f"{k.removeprefix('dropped_')} {v}" for k, v in counts.most_common()
+            )
             raise CodeflowError(
                 f"no triple was kept ({reasons}): see `codeflow show {self.dataset.root} "
                 "decisions`, and relax the [filter] settings with --set"
             )
         if step.name == "compose" and not counts["documents"]:
-            reasons = ", ".join(f"{k.removeprefix('rejected_')} {v}" for k, v in counts.most_common())
-            raise CodeflowError(
-                f"no document fits a row ({reasons}): raise pack.length with --set"
+            reasons = ", ".join(
+                f"{k.removeprefix('rejected_')} {v}" for k, v in counts.most_common()
             )
+            raise CodeflowError(f"no document fits a row ({reasons}): raise pack.length with --set")
 
 
 # -- taking over recipe and sources --------------------------------------------------------------

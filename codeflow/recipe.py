@@ -49,7 +49,8 @@ class MineSettings:
         source="as min_lines",
     )  # fmt: skip
     prefer_tests: bool = setting(
-        True, "prefer an endpoint whose own commit touches code and tests over the first in the band"
+        True,
+        "prefer an endpoint whose own commit touches code and tests over the first in the band",
     )
     max_blob_bytes: int = setting(
         1 << 20, "larger files are kept by id only", unit="bytes", minimum=1,
@@ -127,7 +128,9 @@ class FilterSettings:
     drop_bots: bool = setting(
         True, "drop when only automation accounts wrote the commits", source="CommitPack"
     )
-    drop_reverts: bool = setting(True, "drop when every commit reverts another", source="CommitPack")
+    drop_reverts: bool = setting(
+        True, "drop when every commit reverts another", source="CommitPack"
+    )
     min_message_words: int = setting(
         3, "fewest words in all informative messages together", unit="words", minimum=0,
         source="CommitPackFT's message rules keep 0-27 % of good projects; this keeps intent only",
@@ -186,16 +189,10 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    unit_seconds: float = setting(
-        3600.0, "time limit of one unit", unit="seconds", minimum=1
-    )
-    unit_memory_mib: int = setting(
-        8192, "memory limit of one unit", unit="MiB", minimum=256
-    )
+    unit_seconds: float = setting(3600.0, "time limit of one unit", unit="seconds", minimum=1)
+    unit_memory_mib: int = setting(8192, "memory limit of one unit", unit="MiB", minimum=256)
     attempts: int = setting(3, "starts granted to a unit whose process dies", minimum=1)
-    clone_seconds: float = setting(
-        1800.0, "time limit of one clone", unit="seconds", minimum=1
-    )
+    clone_seconds: float = setting(1800.0, "time limit of one clone", unit="seconds", minimum=1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Typed settings: frozen dataclasses read from plain mappings, with errors that name the nearest key.
+"""Typed settings: frozen dataclasses read from mappings, with errors that name the nearest key.
 
 A setting is a dataclass field made by `setting(default, meaning, unit=…, source=…)`. Sections are
 dataclasses inside dataclasses. Supported field types: bool, int, float, str, `T | None`,
@@ -54,7 +54,7 @@ def setting(
 
 def section(cls: type[T]) -> T:
     """Declare a nested section whose own defaults apply."""
-    return typing.cast(T, dataclasses.field(default_factory=cls))
+    return dataclasses.field(default_factory=cls)
 
 
 def read_toml(text: str, where: str) -> dict[str, Any]:
@@ -180,7 +180,9 @@ def _converted(value: Any, hint: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         for option in typing.get_args(hint):
-            converted = None if option is type(None) and value is None else _converted(value, option)
+            converted = (
+                None if option is type(None) and value is None else _converted(value, option)
+            )
             if converted is not _MISMATCH and (converted is not None or value is None):
                 return converted
         return _MISMATCH

@@ -79,7 +79,9 @@ COMMITS = Table(
         Column("position", pa.int32(), f"mainline commit that brought it in; {POSITION}"),
         Column("on_mainline", pa.bool_(), "true for the mainline commit itself"),
         Column("message", pa.string(), "commit message, decoded"),
-        Column("message_raw", pa.binary(), "original bytes, only where decoding lost some", "", True),
+        Column(
+            "message_raw", pa.binary(), "original bytes, only where decoding lost some", "", True
+        ),
         Column("author_id", pa.string(), "keyed hash of author name and e-mail, 16 hex digits"),
         Column("author_time", pa.int64(), "author date", "seconds since 1970-01-01 UTC"),
         Column("author_offset", pa.int32(), "author's offset from UTC", "minutes"),
@@ -111,7 +113,9 @@ TRIPLES = Table(
         Column("n_files", pa.int32(), "changed files of the net patch", "files"),
         Column("license", pa.string(), "SPDX id at the window's end", "", True),
         Column("has_tests", pa.bool_(), "the patch touches code and tests"),
-        Column("patch_complete", pa.bool_(), "patch alone turns R_old into R_new (no binary left out)"),
+        Column(
+            "patch_complete", pa.bool_(), "patch alone turns R_old into R_new (no binary left out)"
+        ),
         Column("patch", pa.large_binary(), "P: git unified diff, 3 lines of context"),
     ),
     row_group_rows=512,
@@ -145,7 +149,9 @@ BLOBS = Table(
         Column("repo_id", pa.string(), "repository"),
         Column("blob", pa.string(), GIT_ID),
         Column("path", pa.binary(), "path of its first appearance"),
-        Column("kind", pa.string(), "text, symlink, lfs: data stored; binary, too_large, missing: not"),
+        Column(
+            "kind", pa.string(), "text, symlink, lfs: data stored; binary, too_large, missing: not"
+        ),
         Column("size", pa.int64(), "content length; -1 where the object is missing", "bytes"),
         Column("data", pa.large_binary(), "content", "", True),
     ),
@@ -169,7 +175,9 @@ SIGNATURES = Table(
         Column("triple_id", pa.string(), "triple"),
         Column("repo_id", pa.string(), "repository"),
         Column("delta_key", pa.binary(16), "blake2b-128 of the sorted (path, old blob, new blob)"),
-        Column("blob_key", pa.binary(16), "blake2b-128 of the sorted (old blob, new blob), no paths"),
+        Column(
+            "blob_key", pa.binary(16), "blake2b-128 of the sorted (old blob, new blob), no paths"
+        ),
         Column("change_key", pa.binary(16), "blake2b-128 of the changed lines, white space folded"),
         Column("n_shingles", pa.int32(), "distinct shingles of the changed lines", "shingles"),
         Column("license_rank", pa.int8(), "0 permissive, 1 unknown, 2 copyleft: lower is kept"),
@@ -195,7 +203,9 @@ EDGES = Table(
         Column("triple_id", pa.string(), "the larger id of the pair"),
         Column("other_id", pa.string(), "the smaller id of the pair"),
         Column("kind", pa.string(), "commit, delta, blob, change (equal keys) or near (MinHash)"),
-        Column("jaccard", pa.float64(), "exact Jaccard similarity of shingle sets; 1 for equal keys"),
+        Column(
+            "jaccard", pa.float64(), "exact Jaccard similarity of shingle sets; 1 for equal keys"
+        ),
     ),
 )
 
@@ -232,9 +242,13 @@ SCORES = Table(
         Column("whitespace_only", pa.bool_(), "all changes vanish when white space is ignored"),
         Column("syntax_errors_old", pa.int32(), "tree-sitter errors in the changed old files"),
         Column("syntax_errors_new", pa.int32(), "tree-sitter errors in the changed new files"),
-        Column("syntax_broken_files", pa.int32(), "files with more errors after than before", "files"),
+        Column(
+            "syntax_broken_files", pa.int32(), "files with more errors after than before", "files"
+        ),
         Column("parsed_files", pa.int32(), "changed files that were parsed on both sides", "files"),
-        Column("not_utf8_files", pa.int32(), "changed text files that are not valid UTF-8", "files"),
+        Column(
+            "not_utf8_files", pa.int32(), "changed text files that are not valid UTF-8", "files"
+        ),
         Column("commits", pa.int32(), "commits between both states, merges left out", "commits"),
         Column("bot_commits", pa.int32(), "those by automation accounts", "commits"),
         Column("revert_commits", pa.int32(), "those that revert another", "commits"),
@@ -328,8 +342,12 @@ def shard_table(token_type: pa.DataType, row_group_rows: int) -> Table:
         (
             Column("row_id", pa.int64(), "number of the row over all shards"),
             Column("input_ids", _list(token_type), "token ids of the row's documents, in order"),
-            Column("doc_lens", _list(pa.int32()), "length of each document; sum = n_tokens", "tokens"),
-            Column("loss_runs", _list(pa.int32()), "run lengths: not trained, trained, not trained, …"),
+            Column(
+                "doc_lens", _list(pa.int32()), "length of each document; sum = n_tokens", "tokens"
+            ),
+            Column(
+                "loss_runs", _list(pa.int32()), "run lengths: not trained, trained, not trained, …"
+            ),
             Column("docs", _list(DOC), "where each document comes from, in the order of doc_lens"),
             Column("n_tokens", pa.int32(), "tokens of the row", "tokens"),
         ),

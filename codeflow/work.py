@@ -64,9 +64,7 @@ class Work:
         data = rows if isinstance(rows, pa.Table) else pa.table(dict(rows), schema=schema)
         self.write_batches(TABLES[table], f"tables/{table}/{self.unit}", data.to_batches())
 
-    def write_batches(
-        self, table: Table, stem: str, batches: Iterable[pa.RecordBatch]
-    ) -> DataFile:
+    def write_batches(self, table: Table, stem: str, batches: Iterable[pa.RecordBatch]) -> DataFile:
         """Write record batches as one Parquet file named `<stem>.<fingerprint>.parquet`."""
         path = self.root / f"{stem}.{self.fingerprint[:12]}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,9 +119,7 @@ def parquet_options(table: Table) -> dict[str, Any]:
         "use_dictionary": [c.name for c in table.columns if c.type == pa.string()],
         "data_page_size": 8 << 20,
         "write_page_checksum": True,
-        "write_statistics": [
-            c.name for c in table.columns if not pa.types.is_large_binary(c.type)
-        ],
+        "write_statistics": [c.name for c in table.columns if not pa.types.is_large_binary(c.type)],
         "store_schema": True,
     }
 

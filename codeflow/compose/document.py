@@ -73,9 +73,7 @@ def fit(segments: Sequence[Segment], tokenizer: Tokenizer, budget: int) -> Fitte
         The fitted document, or the tokens its required segments need when that is over the budget.
     """
     # A byte-level token is at least one byte, so context this large cannot fit: not worth encoding.
-    plausible = [
-        not s.optional or len(s.text) <= 32 * budget for s in segments
-    ]
+    plausible = [not s.optional or len(s.text) <= 32 * budget for s in segments]
     texts = [s.text if ok else "" for s, ok in zip(segments, plausible, strict=True)]
     bodies = tokenizer.encode(texts)
     openers = [_opener(s, tokenizer) for s in segments]

@@ -1,11 +1,11 @@
 """The `transition` document: the old code, what was intended, and the change.
 
-    <|repo_name|>owner/name
-    <|file_sep|>src/a.py                 each changed file as it was, whole
-    …
-    <|commit_msg|>Messages of the commits
-    <|commit_after|>diff --git …         the net patch
-    <|endoftext|>
+<|repo_name|>owner/name
+<|file_sep|>src/a.py                 each changed file as it was, whole
+…
+<|commit_msg|>Messages of the commits
+<|commit_after|>diff --git …         the net patch
+<|endoftext|>
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ from typing import IO
 from codeflow.exec.types import Limits, Outcome, Unit
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
-_ONE_THREAD = {
-    name: "1"
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-}
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
+)
 
 
 class Child:

@@ -6,7 +6,9 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-_IDENTITY = re.compile(rb"(?P<name>.*?)\s*<(?P<email>[^<>]*)>(?:\s+(?P<time>-?\d+)(?:\s+(?P<zone>[+-]\d+))?)?", re.S)
+_IDENTITY = re.compile(
+    rb"(?P<name>.*?)\s*<(?P<email>[^<>]*)>(?:\s+(?P<time>-?\d+)(?:\s+(?P<zone>[+-]\d+))?)?", re.S
+)
 _INT64 = 1 << 63
 
 _BOT = re.compile(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 
-_FILE = re.compile(rb"(?:licen[cs]e|copying|unlicense)(?:[.-](?:md|txt|rst|mit|apache|bsd))?\Z", re.I)
+_FILE = re.compile(
+    rb"(?:licen[cs]e|copying|unlicense)(?:[.-](?:md|txt|rst|mit|apache|bsd))?\Z", re.I
+)
 _SPDX_TAG = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+-]+)")
 
 # First match wins, so narrower texts stand before the ones they quote or resemble.

@@ -33,9 +33,7 @@ def parse_tree(data: bytes) -> Iterator[tuple[bytes, int, str]]:
 def format_tree(entries: Mapping[bytes, Entry]) -> bytes:
     """Raw tree bytes in git's order: by name, folders as if their name ended in a slash."""
     order = sorted(entries, key=lambda n: n + b"/" if entries[n][0] == TREE else n)
-    return b"".join(
-        b"%o %s\0" % (entries[n][0], n) + bytes.fromhex(entries[n][1]) for n in order
-    )
+    return b"".join(b"%o %s\0" % (entries[n][0], n) + bytes.fromhex(entries[n][1]) for n in order)
 
 
 def changed_tree(read: ReadTree, root: str, edits: Mapping[bytes, Entry | None]) -> str:
@@ -49,9 +47,7 @@ def changed_tree(read: ReadTree, root: str, edits: Mapping[bytes, Entry | None])
     return _changed(read, root, {tuple(p.split(b"/")): e for p, e in edits.items()})
 
 
-def _changed(
-    read: ReadTree, tree: str, edits: Mapping[tuple[bytes, ...], Entry | None]
-) -> str:
+def _changed(read: ReadTree, tree: str, edits: Mapping[tuple[bytes, ...], Entry | None]) -> str:
     entries = {} if tree == EMPTY_TREE else {n: (m, i) for n, m, i in parse_tree(read(tree))}
     below: dict[bytes, dict[tuple[bytes, ...], Entry | None]] = {}
     # Removals first: a file may give way to a folder of the same name, and the other way round.

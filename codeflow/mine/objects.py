@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pygit2
 from pygit2.enums import ConfigLevel, DiffFind, DiffOption
@@ -93,7 +94,9 @@ class Objects:
         for delta in self._diff(old_tree, new_tree).deltas:
             yield _delta(delta)
 
-    def changes(self, old_tree: str, new_tree: str, rename_limit: int) -> Iterator[tuple[Delta, bytes, int, int]]:
+    def changes(
+        self, old_tree: str, new_tree: str, rename_limit: int
+    ) -> Iterator[tuple[Delta, bytes, int, int]]:
         """Changed paths with renames found: `(delta, patch section, lines added, deleted)`.
 
         A section is empty where a patch has nothing to say or must not be built: content that is
@@ -121,18 +124,23 @@ class Objects:
         if old is None or new is None:
             data = self.blob(old or new or "")
             return data.count(b"\n") + (not data.endswith(b"\n") and data != b"")
-        patch = self._repository[old].diff(self._repository[new])
+        patch: pygit2.Patch = self._read(old).diff(self._read(new))
         _, added, deleted = patch.line_stats
         return int(added + deleted)
 
     def _diff(self, old_tree: str, new_tree: str) -> pygit2.Diff:
+        diff: pygit2.Diff
         if old_tree == EMPTY_TREE:
-            return self._repository[new_tree].diff_to_tree(flags=_DIFF_FLAGS, swap=True)
-        if new_tree == EMPTY_TREE:
-            return self._repository[old_tree].diff_to_tree(flags=_DIFF_FLAGS)
-        return self._repository[old_tree].diff_to_tree(
-            self._repository[new_tree], flags=_DIFF_FLAGS
-        )
+            diff = self._read(new_tree).diff_to_tree(flags=_DIFF_FLAGS, swap=True)
+        elif new_tree == EMPTY_TREE:
+            diff = self._read(old_tree).diff_to_tree(flags=_DIFF_FLAGS)
+        else:
+            diff = self._read(old_tree).diff_to_tree(self._read(new_tree), flags=_DIFF_FLAGS)
+        return diff
+
+    def _read(self, name: str) -> Any:
+        """A libgit2 object; Any, because its type stubs know only what all objects share."""
+        return self._repository[name]
 
     def _has_section(self, delta: Delta) -> bool:
         if delta.old_blob == delta.new_blob:

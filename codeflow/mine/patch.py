@@ -6,6 +6,7 @@ Lines end at `\\n` only; carriage returns, form feeds and U+2028 are ordinary by
 
 from __future__ import annotations
 
+import itertools
 import re
 
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
@@ -30,7 +31,7 @@ def split_patch(patch: bytes) -> list[bytes]:
         while i < len(lines) and not lines[i].startswith(b"diff --git "):
             i = _skip_hunk(lines, i) if lines[i].startswith(b"@@ ") else i + 1
     starts.append(len(lines))
-    return [b"".join(lines[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    return [b"".join(lines[a:b]) for a, b in itertools.pairwise(starts)]
 
 
 def apply_section(old: bytes, section: bytes) -> bytes:

@@ -18,7 +18,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 @dataclass(frozen=True)
 class GitDir:
-    """`git_dir` holds HEAD; `common_dir` holds objects and refs (they differ in linked worktrees)."""
+    """`git_dir` holds HEAD, `common_dir` objects and refs; they differ in linked worktrees."""
 
     git_dir: Path
     common_dir: Path
@@ -68,7 +68,9 @@ def pinned_head(git: GitDir) -> str:
     if grafts.is_file() and grafts.stat().st_size:
         raise RepositoryError("grafts", f"history is rewritten by {grafts}: remove that file")
     if (git.common_dir / "reftable").is_dir():
-        raise RepositoryError("unsupported", "refs are stored as a reftable, which is not supported")
+        raise RepositoryError(
+            "unsupported", "refs are stored as a reftable, which is not supported"
+        )
     value = _read(git.git_dir / "HEAD").strip()
     for _ in range(5):  # git's own limit on chains of symbolic refs
         if _SHA1.match(value):

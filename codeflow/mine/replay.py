@@ -34,7 +34,9 @@ class States:
         self._known_blobs: set[str] = set()
         self._whole: set[str] = {EMPTY_TREE}
         for batch in work.batches("trees", ["tree", "data"]):
-            for name, data in zip(batch["tree"].to_pylist(), batch["data"].to_pylist(), strict=True):
+            for name, data in zip(
+                batch["tree"].to_pylist(), batch["data"].to_pylist(), strict=True
+            ):
                 self.trees[name] = data
                 if git_hash(b"tree", data) != name:
                     self.bad[name] = f"tree {name} has other content than its id says"

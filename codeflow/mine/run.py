@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -178,7 +177,14 @@ def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.Reco
             kind, size, data = "missing", -1, None
         path = first.path
         rows.append(
-            {"repo_id": work.unit, "blob": blob, "path": path, "kind": kind, "size": size, "data": data}
+            {
+                "repo_id": work.unit,
+                "blob": blob,
+                "path": path,
+                "kind": kind,
+                "size": size,
+                "data": data,
+            }
         )
         pending += len(data or b"")
         if len(rows) == BLOBS.row_group_rows or pending >= _BATCH_BYTES:

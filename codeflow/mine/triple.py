@@ -68,7 +68,9 @@ _WORST = ("missing", "too_large", "binary", "gitlink", "symlink", "lfs", "text")
 def net_change(objects: Objects, old_tree: str, new_tree: str, settings: MineSettings) -> NetChange:
     """Diff two root trees: renames found, patch text built where both sides are text."""
     files = []
-    for delta, section, added, deleted in objects.changes(old_tree, new_tree, settings.rename_limit):
+    for delta, section, added, deleted in objects.changes(
+        old_tree, new_tree, settings.rename_limit
+    ):
         sides = ((delta.old_blob, delta.old_mode), (delta.new_blob, delta.new_mode))
         kinds = {objects.blob_info(b, m).kind for b, m in sides if b is not None}
         kind = next(k for k in _WORST if k in kinds)

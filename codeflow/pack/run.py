@@ -1,4 +1,4 @@
-"""Unit `pack`: all documents into rows, rows into shards, and the manifest that vouches for them."""
+"""Unit `pack`: documents into rows, rows into shards, and the manifest that vouches for them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(work: Work, recipe: Recipe) -> Counts:
     group_rows = max(1, settings.group_tokens // settings.length)
     table = shard_table(pa.uint32() if wide else pa.uint16(), group_rows)
     shards = []
-    for number, part in enumerate(_shards(documents, rows, settings)):
+    for number, part in enumerate(_shards(len(rows), settings)):
         batches = _batches(documents, rows, part, table)
         file = work.write_batches(table, f"shards/shard-{number:05d}", batches)
         shards.append(_shard_entry(documents, rows, part, file, group_rows))
@@ -124,15 +124,13 @@ def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False), offsets
 
 
-def _shards(
-    documents: _Documents, rows: list[list[int]], settings: PackSettings
-) -> Iterator[range]:
+def _shards(rows: int, settings: PackSettings) -> Iterator[range]:
     """Row ranges of the shard files: whole row groups, about `shard_tokens` each."""
     per_shard = max(1, settings.shard_tokens // settings.length)
     group_rows = max(1, settings.group_tokens // settings.length)
     per_shard = max(group_rows, per_shard // group_rows * group_rows)
-    for start in range(0, len(rows), per_shard):
-        yield range(start, min(start + per_shard, len(rows)))
+    for start in range(0, rows, per_shard):
+        yield range(start, min(start + per_shard, rows))
 
 
 def _batches(

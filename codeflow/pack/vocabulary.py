@@ -1,4 +1,4 @@
-"""Unit `tokenizer`: take the user's tokenizer.json, or train a byte-level BPE on the kept triples."""
+"""Unit `tokenizer`: take the user's tokenizer.json, or train a byte-level BPE on kept triples."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from codeflow.work import Counts, Work
 
 # Words with one leading space, digits one by one, runs of punctuation, line ends: the split that
 # current code models share. Digits one by one, so that numbers have one spelling.
-_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def run(work: Work, recipe: Recipe) -> Counts:
@@ -46,7 +44,10 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
     """
     tokenizer = HFTokenizer(BPE())
     tokenizer.pre_tokenizer = Sequence(
-        [Split(Regex(_SPLIT), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            Split(Regex(_SPLIT), behavior="isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(

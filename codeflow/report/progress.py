@@ -80,8 +80,14 @@ class BarProgress(LineProgress):
 
     def step_started(self, step: str, todo: int, done_before: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         super().step_started(step, todo, done_before)
         self._bar = Progress(

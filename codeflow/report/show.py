@@ -55,7 +55,10 @@ def _one(dataset: Dataset, table: str, column: str, value: str) -> dict[str, Any
 
 def _repo(dataset: Dataset, name: str) -> str:
     repo = _one(dataset, "repos", "repo_id", name)
-    triples = dataset.read("triples", ["triple_id", "repo_id", "lines_added", "lines_deleted", "n_files", "stop_reason"])
+    triples = dataset.read(
+        "triples",
+        ["triple_id", "repo_id", "lines_added", "lines_deleted", "n_files", "stop_reason"],
+    )
     rows = triples.filter(pc.equal(triples["repo_id"], name)).to_pylist()
     lines = [f"{key:<17} {value}" for key, value in repo.items() if value not in (None, "")]
     lines += ["", f"{'triple':<17} {'lines':>12} {'files':>6}  ends because"]
@@ -109,7 +112,8 @@ def _row(dataset: Dataset, number: str) -> str:
     lines = [f"row {number}: {row['n_tokens']} tokens, {len(row['docs'])} documents"]
     at = 0
     for doc, length in zip(row["docs"], row["doc_lens"], strict=True):
-        title = f"── {doc['doc_id']} {doc['kind']} {doc['repo']} {doc['head_commit'][:10]} · {length} tokens "
+        what = f"{doc['doc_id']} {doc['kind']} {doc['repo']} {doc['head_commit'][:10]}"
+        title = f"── {what} · {length} tokens "
         lines += ["", click.style(title.ljust(100, "─"), bold=True)]
         shown = row["input_ids"][at : at + min(length, _ROW_PREVIEW_TOKENS)]
         more = f"\n… {length - len(shown)} tokens more" if length > len(shown) else ""
@@ -129,7 +133,9 @@ def _decisions(dataset: Dataset) -> str:
 def _colored_patch(patch: str) -> str:
     colors = {"+": "green", "-": "red", "@": "cyan"}
     return "\n".join(
-        click.style(_printable(line), fg=colors[line[0]]) if line[:1] in colors else _printable(line)
+        click.style(_printable(line), fg=colors[line[0]])
+        if line[:1] in colors
+        else _printable(line)
         for line in patch.split("\n")
     )
 

@@ -73,7 +73,8 @@ def summarize(dataset: Dataset, recipe: Recipe) -> Summary:
         recipe=recipe.name,
         recipe_hash=recipe.hash,
         repositories=listed,
-        mined=len([m for m in dataset.markers("mine") if m.status == "done"]) - sum(skipped.values()),
+        mined=len([m for m in dataset.markers("mine") if m.status == "done"])
+        - sum(skipped.values()),
         skipped=skipped,
         failed=failed,
         mainline_commits=mine["mainline_commits"],
@@ -99,8 +100,12 @@ def render(s: Summary, recipe: Recipe) -> str:
     """The summary for a person."""
     lines = [
         f"{s.folder} · recipe {s.recipe}@{s.recipe_hash[:8]}",
-        _row("repositories", f"{s.mined} mined of {s.repositories}", _reasons(s.skipped, "skipped ")),
-        _row("commits", f"{s.commits:,} in the window", f"of {s.mainline_commits:,} mainline commits"),
+        _row(
+            "repositories", f"{s.mined} mined of {s.repositories}", _reasons(s.skipped, "skipped ")
+        ),
+        _row(
+            "commits", f"{s.commits:,} in the window", f"of {s.mainline_commits:,} mainline commits"
+        ),
         _row("triples", f"{s.triples:,} found", "each replayed: R_old + P = R_new"),
     ]
     if "filter" in s.stages:
@@ -117,7 +122,9 @@ def render(s: Summary, recipe: Recipe) -> str:
         length = f"{recipe.pack.length:,} tokens each, {100 * s.fill:.2f} % filled"
         lines.append(_row("rows", f"{s.rows:,}", length))
         files = f"{s.shards} file{'s' if s.shards != 1 else ''}"
-        lines.append(_row("shards", files, f"{s.folder.rstrip('/')}/shards (all data: {_size(s.bytes)})"))
+        lines.append(
+            _row("shards", files, f"{s.folder.rstrip('/')}/shards (all data: {_size(s.bytes)})")
+        )
     for unit, reason in sorted(s.failed.items()):
         lines.append(f"  failed: {unit}: {reason}")
     return "\n".join(lines)
