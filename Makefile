@@ -1,0 +1,46 @@
+# `make help` lists what there is. Everything installs into .venv; nothing needs the network but pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench setup clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: setup ## from nothing: build shards from real history and train a small model on them
+	@$(BIN)/python examples/demo.py
+
+test: setup lint ## from nothing: lint, types, and all tests
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: setup ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## every performance claim, ours against the peer in one run
+	@$(PIP) -e '.[bench]'
+	@for script in bench/*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+setup: $(VENV)/.installed
+
+# pip must never choose torch by itself: on Linux it would bring gigabytes of CUDA libraries. Where
+# pip's own sources hold no CPU build, uv is asked, which knows where PyTorch publishes them.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v git >/dev/null || { echo "codeflow needs the git command"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "codeflow needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch (CPU build) and what constraints.txt pins; a few minutes the first time"
+	@$(PIP) torch 2>/dev/null || { $(PIP) uv && \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu torch==2.13.0; } || \
+		{ echo "no CPU build of torch 2.13.0 found: install one into $(VENV) by hand (README)"; exit 1; }
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+clean: ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
