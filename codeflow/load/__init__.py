@@ -1,0 +1,6 @@
+"""Shards to training rows; needs torch, pyarrow and numpy only, so it runs on a bare GPU box."""
+
+from codeflow.load.dataset import PackedRow, ShardDataset
+from codeflow.load.manifest import Manifest, read_manifest
+
+__all__ = ["Manifest", "PackedRow", "ShardDataset", "read_manifest"]
