@@ -30,6 +30,8 @@ class Table:
     columns: tuple[Column, ...]
     #: Rows per Parquet row group; small where rows are large, so that a reader need not load all.
     row_group_rows: int = 65536
+    #: Name of the scheme that fixes the bits of its hashes; tables of two schemes cannot be mixed.
+    scheme: str = ""
 
     @property
     def schema(self) -> pa.Schema:
@@ -39,6 +41,7 @@ class Table:
             metadata = {"meaning": c.meaning} | ({"unit": c.unit} if c.unit else {})
             fields.append(pa.field(c.name, c.type, nullable=c.nullable, metadata=metadata))
         header = {"codeflow_table": self.name, "codeflow_schema_version": str(SCHEMA_VERSION)}
+        header |= {"codeflow_scheme": self.scheme} if self.scheme else {}
         return pa.schema(fields, metadata=header)
 
 
@@ -185,6 +188,7 @@ SIGNATURES = Table(
         Column("minhash", pa.binary(), "k little-endian uint32, empty below the shingle minimum"),
     ),
     row_group_rows=8192,
+    scheme="cfmh1",
 )
 
 BANDS = Table(
@@ -194,6 +198,7 @@ BANDS = Table(
         Column("band_hash", pa.uint64(), "hash of band index and its rows"),
         Column("triple_id", pa.string(), "triple"),
     ),
+    scheme="cfmh1",
 )
 
 EDGES = Table(

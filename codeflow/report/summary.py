@@ -104,7 +104,10 @@ def render(s: Summary, recipe: Recipe) -> str:
             "repositories", f"{s.mined} mined of {s.repositories}", _reasons(s.skipped, "skipped ")
         ),
         _row(
-            "commits", f"{s.commits:,} in the window", f"of {s.mainline_commits:,} mainline commits"
+            "commits",
+            f"{s.commits:,} mined",
+            f"{100 * recipe.mine.window_from:.0f}-{100 * recipe.mine.window_to:.0f} % of "
+            f"{s.mainline_commits:,} mainline steps, their branches included",
         ),
         _row("triples", f"{s.triples:,} found", "each replayed: R_old + P = R_new"),
     ]
