@@ -22,9 +22,11 @@ lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## every performance claim, ours against the peer in one run
+bench: setup ## every performance claim, ours against the peer in one run; REPOS="a.git b.git"
 	@$(PIP) -e '.[bench]'
-	@for script in bench/*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python bench/mining.py $(REPOS)
+	$(BIN)/python bench/dedup_minhash.py
+	$(if $(REPOS),$(BIN)/python bench/real_repositories.py $(REPOS))
 
 setup: $(VENV)/.installed
 

@@ -1,4 +1,4 @@
-"""Mining speed: codeflow against PyDriller and against `git log -p`, on the same commits in one run.
+"""Mining speed: codeflow against PyDriller and `git log -p`, same commits, one run.
 
 Work per commit, for codeflow and PyDriller: metadata, changed files with renames, unified diff,
 and the bytes of every changed text file before and after. `git log -p` yields patch text only: it
@@ -41,7 +41,9 @@ def main() -> int:
     options = parser.parse_args()
     repositories = options.repositories or [cloned_default()]
     ok = True
-    print(f"{'repository':<16} {'commits':>7}  {'side':<14} {'CPU s':>8} {'commits/s':>10}   ours is")
+    print(
+        f"{'repository':<16} {'commits':>7}  {'side':<14} {'CPU s':>8} {'commits/s':>10}   ours is"
+    )
     for repository in repositories:
         ok &= compare(repository, options.runs)
     return 0 if ok else 1
@@ -104,7 +106,9 @@ def with_pydriller(repository: Path, commits: list[Commit]) -> int:
     from pydriller import Repository
 
     total = 0
-    for commit in Repository(str(repository), only_commits=[c.id for c in commits]).traverse_commits():
+    for commit in Repository(
+        str(repository), only_commits=[c.id for c in commits]
+    ).traverse_commits():
         total += len(commit.msg) + len(commit.author.name or "")
         for file in commit.modified_files:
             total += len(file.old_path or "") + len(file.new_path or "") + len(file.diff)
