@@ -6,6 +6,7 @@ must not load Arrow, libgit2 or torch.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import click
 
 from codeflow import __version__
 from codeflow.errors import CodeflowError
+from codeflow.exec import EXECUTORS
 
 if TYPE_CHECKING:
     from codeflow.pipeline import RunOptions
@@ -83,10 +85,16 @@ def _recipe_options(command: F) -> F:
 def _run_options(command: F) -> F:
     for option in reversed(
         [
-            click.option("--executor", default="local", show_default=True,
-                         help="How units run: local (supervised processes) or inline (debugging)."),
+            click.option("--executor", type=click.Choice(EXECUTORS), default="local",
+                         show_default=True,
+                         help="How units run: local (supervised processes), inline (debugging) or "
+                         "ray (a cluster)."),
             click.option("--workers", type=click.IntRange(1), default=None,
-                         help="Units at work at a time. Default: number of cores."),
+                         help="Units at work at a time. Default: number of cores; a Ray cluster is "
+                         "used whole."),
+            click.option("--address", default=None, metavar="HOST:PORT",
+                         help="Ray cluster, or `auto`: this machine's. Default: RAY_ADDRESS, else "
+                         "one that is started here."),
             click.option("--failed", "retry_failed", is_flag=True,
                          help="Run quarantined units again, too."),
             click.option("--dry-run", is_flag=True, help="Say what would run; write nothing."),
@@ -236,16 +244,27 @@ Examples:
   codeflow show data/ 41f0            a triple or a document, by the start of its id
   codeflow show data/ row:0           the first packed row
   codeflow show data/ decisions       every drop with its reason
-  codeflow show data/ recipe          the resolved recipe, with meanings and sources
+  codeflow show data/ recipe          the recipe it was made with
+  codeflow show recipe > my.toml      the built-in recipe: every setting, its meaning and source
+  codeflow show recipe --recipe pipelines/quickstart.toml --set pack.length=65536
 """
 )
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("item", default="")
-def show(data: Path, item: str) -> None:
-    """Show a dataset, or one repository, triple, document or row of it."""
-    from codeflow.dataset import Dataset
-    from codeflow.recipe import Recipe, to_toml
+@_recipe_options
+def show(data: Path, item: str, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Show a dataset, or one repository, triple, document or row of it.
 
+    DATA is a dataset folder, or the word `recipe` to see what a recipe comes to without one.
+    """
+    from codeflow.dataset import Dataset
+    from codeflow.recipe import Recipe, load_recipe, to_toml
+
+    if str(data) == "recipe" and not item:
+        click.echo(to_toml(load_recipe(recipe_path, overrides), comments=True), nl=False)
+        return
+    if recipe_path is not None or overrides:
+        raise click.UsageError("--recipe and --set go with `codeflow show recipe`")
     dataset = Dataset.open(data)
     recipe = dataset.stored_recipe() or Recipe()
     if not item:
@@ -258,21 +277,6 @@ def show(data: Path, item: str) -> None:
         from codeflow.report.show import show as show_item
 
         click.echo(show_item(dataset, item))
-
-
-@cli.command(
-    epilog="""\b
-Examples:
-  codeflow recipe > my-recipe.toml
-  codeflow recipe --recipe pipelines/quickstart.toml --set pack.length=65536
-"""
-)
-@_recipe_options
-def recipe(recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
-    """Print a resolved recipe: every setting with meaning, unit and source."""
-    from codeflow.recipe import load_recipe, to_toml
-
-    click.echo(to_toml(load_recipe(recipe_path, overrides), comments=True), nl=False)
 
 
 @cli.command()
@@ -331,7 +335,7 @@ def train(as_json: bool, **options: Any) -> None:
         from codeflow.train.trainer import run
     except ModuleNotFoundError as e:
         raise CodeflowError(
-            f"training needs {e.name}: pip install 'codeflow[train]' (see the README for CPU builds)"
+            f"training needs {e.name}: pip install 'codeflow[train]' (README: CPU builds)"
         ) from e
     result = run(options.pop("shards"), options.pop("out"), **options)
     click.echo(json.dumps(dataclasses.asdict(result)) if as_json else summary(result))
@@ -372,11 +376,11 @@ def _build(
     chosen = _resolve_recipe(root, recipe_path, overrides)
     if dry_run:
         return _print_plan(root, chosen, sources, until, as_json)
-    progress = make_progress(quiet or as_json)
     dataset = Dataset.open(root) if sources is None else Dataset.create(root)
     listed = len(sources if sources is not None else dataset.stored_sources() or [])
-    progress.note(_headline(chosen, listed, run))
-    result = build(root, chosen, sources, progress, run, until)
+    with contextlib.closing(make_progress(quiet or as_json)) as progress:
+        progress.note(_headline(chosen, listed, run))
+        result = build(root, chosen, sources, progress, run, until)
     summary = summarize(dataset, chosen)
     if as_json:
         units = {"units_run": result.ran, "units_skipped": result.skipped}
@@ -421,7 +425,10 @@ def _print_plan(root: Path, recipe: Recipe, sources: Any, until: str, as_json: b
 
 
 def _headline(recipe: Recipe, repositories: int, run: RunOptions) -> str:
-    how = "inline" if run.executor == "inline" else f"{run.executor}, {run.workers} workers"
+    how = {
+        "inline": "inline",
+        "ray": f"ray, {run.address or 'default address'}",
+    }.get(run.executor, f"{run.executor}, {run.workers} workers")
     plural = "repository" if repositories == 1 else "repositories"
     return (
         f"codeflow {__version__} · recipe {recipe.name}@{recipe.hash[:8]} · "

@@ -151,6 +151,11 @@ class Dataset:
             ) from e
         except (OSError, ValueError) as e:
             raise DatasetError(f"cannot read {root / 'codeflow.json'}: {e}") from e
+        if not isinstance(header, dict) or header.get("format") != "codeflow-dataset":
+            raise DatasetError(
+                f"{root} is not a codeflow dataset (its codeflow.json is something else's): "
+                "name another folder"
+            )
         if header.get("format_version", 0) > FORMAT_VERSION:
             raise DatasetError(
                 f"{root} has dataset format {header['format_version']}, this codeflow reads up to "
@@ -256,6 +261,8 @@ class Dataset:
                     path.unlink()
                 elif path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
+        for path in self.root.glob("*.tmp-*"):
+            path.unlink()
         clones = self.root / "clones"
         for path in clones.glob("*.tmp-*") if clones.is_dir() else []:
             shutil.rmtree(path)
@@ -279,9 +286,10 @@ class Dataset:
                 (asdict(f) for m in self.all_markers() for f in m.files), key=lambda f: f["path"]
             ),
         }
-        write_atomically(
-            self.root / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n"
-        )
+        data = json.dumps(manifest, indent=1).encode() + b"\n"
+        path = self.root / "manifest.json"
+        if not path.exists() or path.read_bytes() != data:
+            write_atomically(path, data)
 
     def journal(self, **event: Any) -> None:
         """Append one line to the run log."""

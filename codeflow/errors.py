@@ -64,6 +64,11 @@ class VerificationError(CodeflowError):
     pass
 
 
+def printable(text: str) -> str:
+    """`text` without control characters: no escape sequence of a repository reaches a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The sentence that names the nearest valid choice, or lists them when none is near."""
     choices = sorted(choices)

@@ -118,6 +118,9 @@ class RunOptions:
     """How to run; never changes what comes out.
 
     Attributes:
+        executor: `local`, `inline` or `ray`.
+        workers: Units at work at the same time.
+        address: The Ray cluster, `host:port` or `auto`; only for `ray`.
         retry_failed: Run quarantined units again.
         update: Pin the heads of all repositories anew (remote ones are cloned again).
         replace_recipe: Turn a dataset of one recipe over to another.
@@ -125,6 +128,7 @@ class RunOptions:
 
     executor: str = "local"
     workers: int = 1
+    address: str | None = None
     retry_failed: bool = False
     update: bool = False
     replace_recipe: bool = False
@@ -159,15 +163,15 @@ def build(
         listed = _adopt(dataset, recipe, sources, options, progress)
         if options.update:
             dataset.forget("fetch", [source["repo_id"] for source in listed])
-        with make_executor(options.executor, options.workers, limits) as executor:
+        with make_executor(options.executor, options.workers, limits, options.address) as executor:
             runner = _Runner(dataset, recipe, listed, options, executor.run, progress)
             for step in STEPS:
                 runner.run(step)
                 if step.stage == until and step is _last_step(until):
                     break
-        if runner.ran or not (root / "manifest.json").exists():
+        if runner.ran:
             dataset.sweep()
-            dataset.write_manifest(recipe)
+        dataset.write_manifest(recipe)
     return BuildResult(runner.ran, runner.skipped, tuple(runner.quarantined))
 
 
@@ -307,6 +311,8 @@ class _Runner:
                 todo.append(p)
         self.skipped += len(planned) - len(todo)
         if todo:
+            # A manifest vouches for a finished run; the next one is written when this run ends.
+            (self.dataset.root / "manifest.json").unlink(missing_ok=True)
             self.progress.step_started(step.name, len(todo), len(planned) - len(todo))
             self._execute(step, todo)
         counts: Counter[str] = Counter()
@@ -357,6 +363,15 @@ class _Runner:
                     f"{outcome.unit_id}): free some and run the same command again; "
                     "finished units are kept"
                 )
+            marker = self.dataset.marker(step.name, outcome.unit_id)
+            if outcome.status == "done" and (
+                marker is None or marker.fingerprint != fingerprints[outcome.unit_id]
+            ):
+                raise DatasetError(
+                    f"{step.name} of {outcome.unit_id} is done, but {self.dataset.root} does not "
+                    "show it: the machine that ran it has another folder under this name. Every "
+                    "node must see the dataset on a file system that all of them share"
+                )
             if outcome.status != "done":
                 self.dataset.commit(
                     Marker(
@@ -373,7 +388,10 @@ class _Runner:
         """Stop with a sentence where going on would only fail further down."""
         failed = [m for m in self.quarantined if m.step == step.name]
         if step.scope == "dataset" and failed:
-            raise CodeflowError(f"{step.name} failed: {failed[0].reason}")
+            raise CodeflowError(
+                f"{step.name} failed: {failed[0].reason}\n"
+                "(run again with --failed once the cause is gone)"
+            )
         if step.name in ("fetch", "mine") and len(self.quarantined) == len(self.sources):
             reasons = "\n".join(f"  {m.unit}: {m.reason}" for m in self.quarantined)
             raise CodeflowError(

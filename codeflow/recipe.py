@@ -277,7 +277,7 @@ def changed_settings(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
 
 def to_toml(recipe: Recipe, *, comments: bool = False) -> str:
     """The recipe as TOML; with comments, meaning, unit and source of every key beside it."""
-    lines: list[str] = []
+    lines = [f"# codeflow recipe, hash {recipe.hash}"]
     current = ""
     for key, value, meta in flatten(recipe):
         head, _, name = key.rpartition(".")

@@ -166,9 +166,9 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], where: str, nam
     low, high = metadata.get("minimum"), metadata.get("maximum")
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
         unit = f" {metadata['unit']}" if metadata.get("unit") else ""
-        if low is not None and converted < low:
+        if low is not None and not converted >= low:  # so that nan is refused, too
             raise RecipeError(f"{where}: `{name}` must be at least {low}{unit}, not {converted}")
-        if high is not None and converted > high:
+        if high is not None and not converted <= high:
             raise RecipeError(f"{where}: `{name}` must be at most {high}{unit}, not {converted}")
     return converted
 

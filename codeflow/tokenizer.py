@@ -8,6 +8,7 @@ every BPE library turns a literal `<|endoftext|>` in a file into the real contro
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,17 +44,24 @@ class Tokenizer:
     """A byte-level BPE vocabulary.
 
     Attributes:
-        vocab_size: Number of ids, control tokens included.
+        vocab_size: Largest id plus one, control tokens included.
         sha256: Hash of the tokenizer.json it was read from.
     """
 
     def __init__(self, data: bytes, where: str) -> None:
         try:
-            self._tokenizer = _HFTokenizer.from_str(data.decode("utf-8"))
+            content = json.loads(data)
+            # Some vocabularies (Qwen2.5-Coder's) leave control tokens unmarked; the switch below
+            # turns text of marked ones only into ordinary tokens.
+            for token in content.get("added_tokens", []):
+                token["special"] = True
+            self._tokenizer = _HFTokenizer.from_str(json.dumps(content))
         except Exception as e:  # the library raises bare Exception for any malformed file
             raise CodeflowError(f"{where} is not a tokenizer.json: {e}") from e
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._tokenizer.no_truncation()  # a file may carry either, and nothing is ever cut
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.sha256 = hashlib.sha256(data).hexdigest()
         if self.control_id(END) is None:
             raise CodeflowError(f"{where} has no {END} token, which ends every document")

@@ -7,6 +7,7 @@ finished unit survives the death of the driver.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -54,9 +55,9 @@ class Work:
         for path in self.inputs.get(table, ()):
             with _open_parquet(path) as file:
                 for group in range(file.num_row_groups):
-                    for batch in file.read_row_group(group, columns).to_batches():
-                        if batch.num_rows:
-                            yield batch
+                    with _blaming(path):
+                        rows = file.read_row_group(group, columns)
+                    yield from (batch for batch in rows.to_batches() if batch.num_rows)
 
     def write(self, table: str, rows: pa.Table | Mapping[str, Any]) -> None:
         """Write one table of this unit, whole: an Arrow table, or columns as lists."""
@@ -132,28 +133,28 @@ def read_files(paths: Sequence[Path], table: str, columns: list[str] | None = No
     """
     parts = []
     for path in paths:
-        with _open_parquet(path) as file:
-            try:
-                parts.append(file.read(columns))
-            except OSError as e:
-                raise _damaged(path, e) from e
+        with _open_parquet(path) as file, _blaming(path):
+            parts.append(file.read(columns))
     if not parts:
         schema = TABLES[table].schema
         return schema.empty_table() if columns is None else schema.empty_table().select(columns)
-    return pa.concat_tables(parts).combine_chunks()
+    return pa.concat_tables(parts)
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
+    with _blaming(path):
         return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what Arrow says about a damaged file into an error that names the file."""
+    try:
+        yield
     except (OSError, pa.ArrowInvalid) as e:
-        raise _damaged(path, e) from e
-
-
-def _damaged(path: Path, error: Exception) -> DatasetError:
-    return DatasetError(
-        f"{path} cannot be read ({error}): delete it and its marker, then run the build again"
-    )
+        raise DatasetError(
+            f"{path} cannot be read ({e}): delete it and its marker, then run the build again"
+        ) from e
 
 
 def run_unit(args: dict[str, Any]) -> dict[str, Any]:

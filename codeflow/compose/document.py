@@ -60,7 +60,7 @@ class Fitted:
 
 
 def fit(segments: Sequence[Segment], tokenizer: Tokenizer, budget: int) -> Fitted | int:
-    """Encode segments and leave out optional ones, lowest priority first, until they fit.
+    """Encode segments; take optional ones, highest priority first, each if it still fits.
 
     Every text is encoded once, on its own: a token never spans two segments, so counts add up and
     the ids are final. Nothing is ever cut.
@@ -72,7 +72,7 @@ def fit(segments: Sequence[Segment], tokenizer: Tokenizer, budget: int) -> Fitte
     Returns:
         The fitted document, or the tokens its required segments need when that is over the budget.
     """
-    # A byte-level token is at least one byte, so context this large cannot fit: not worth encoding.
+    # A token is 3-4 characters on average: context this large cannot fit, so do not encode it.
     plausible = [not s.optional or len(s.text) <= 32 * budget for s in segments]
     texts = [s.text if ok else "" for s, ok in zip(segments, plausible, strict=True)]
     bodies = tokenizer.encode(texts)

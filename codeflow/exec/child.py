@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from codeflow.errors import CodeflowError
+from codeflow.errors import CodeflowError, printable
 
 _RESET_PEAK = "5"  # written to clear_refs: resets the kernel's peak-memory mark (Linux)
 
@@ -35,20 +35,20 @@ def call(func: str, args: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"status": "oom", "reason": "memory limit reached"}
     except CodeflowError as e:
-        return {"status": "failed", "reason": str(e)}
+        return {"status": "failed", "reason": printable(str(e))}
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            return {"status": "disk_full", "reason": str(e)}
+            return {"status": "disk_full", "reason": printable(str(e))}
         return {"status": "failed", "reason": _describe(e)}
     except Exception as e:
         return {"status": "failed", "reason": _describe(e)}
 
 
 def _describe(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is `call`
     own = [f for f in frames if f"codeflow{os.sep}" in f.filename] or list(frames)
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return printable(f"{type(error).__name__}: {error}{where}")
 
 
 def peak_rss() -> int:
@@ -72,6 +72,14 @@ def _reset_peak_rss() -> None:
         pass  # not Linux: peaks are then those of the process so far
 
 
+def _encoded(reply: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(reply).encode() + b"\n"
+    except (TypeError, ValueError) as e:  # or the unit would look like a crash, and be retried
+        reason = f"the unit's result is not JSON: {e}"
+        return _encoded({"status": "failed", "reason": reason, "peak_rss": reply["peak_rss"]})
+
+
 def _follow_parent(requests: BinaryIO, inbox: queue.Queue[bytes]) -> None:
     """Hand over requests; when the parent is gone, end this process group at once."""
     for line in requests:
@@ -82,7 +90,9 @@ def _follow_parent(requests: BinaryIO, inbox: queue.Queue[bytes]) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     memory = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.RLIM_INFINITY))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)  # only root may raise it
+    granted = memory if most == resource.RLIM_INFINITY else min(memory, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (granted, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable()
     # Replies own a private descriptor; whatever a library prints goes to standard error.
@@ -98,7 +108,7 @@ def main() -> None:
         reply = call(request["func"], request["args"])
         faulthandler.cancel_dump_traceback_later()
         reply["peak_rss"] = peak_rss()
-        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.write(_encoded(reply))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Child:
             start_new_session=True,  # so that killing the group also ends a `git clone` of its
         )
         self._reply = bytearray()
+        self._errors_before = 0
 
     @property
     def deadline(self) -> float:
@@ -62,6 +63,7 @@ class Child:
     def start(self, unit: Unit) -> None:
         assert self.unit is None, "the child is busy"
         self.unit, self.started = unit, time.monotonic()
+        self._errors_before = os.fstat(self._errors.fileno()).st_size
         request = {"func": unit.func, "args": unit.args, "seconds": self.limits.seconds}
         data = memoryview(json.dumps(request).encode() + b"\n")
         assert self._process.stdin is not None
@@ -117,13 +119,14 @@ class Child:
         assert self.unit is not None
         self.kill()
         code = self._process.returncode
-        self._errors.seek(0)
+        self._errors.seek(self._errors_before)  # what earlier units printed is not to blame
         errors = self._errors.read().decode(errors="replace")
         seconds = time.monotonic() - self.started
         if "bad_alloc" in errors or "out of memory" in errors.lower():
             reason = f"memory limit of {self.limits.memory >> 20} MiB reached (run.unit_memory_mib)"
             return Outcome(self.unit.id, "oom", reason, seconds=seconds)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        where = next((x.strip() for x in errors.splitlines() if x.startswith("  File ")), "")
+        stack = errors.rpartition("Current thread")[2].splitlines()  # faulthandler shows all
+        where = next((x.strip() for x in stack if x.startswith("  File ")), "")
         reason = f"its process died: {how}" + (f" in {where}" if where else "")
         return Outcome(self.unit.id, "crash", reason, seconds=seconds)

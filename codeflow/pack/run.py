@@ -119,9 +119,15 @@ class _Documents:
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    lengths = column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False), offsets
+    """All values of a list column end to end, and 64-bit offsets of its lists.
+
+    Chunk by chunk, because Arrow's own list offsets end at 2^31 values.
+    """
+    empty = np.empty(0, dtype=np.int64)
+    lengths = [c.value_lengths().to_numpy(zero_copy_only=False) for c in column.chunks]
+    values = [c.flatten().to_numpy(zero_copy_only=False) for c in column.chunks]
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([empty, *lengths]))]).astype(np.int64)
+    return np.concatenate(values) if values else empty, offsets
 
 
 def _shards(rows: int, settings: PackSettings) -> Iterator[range]:

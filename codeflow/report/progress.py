@@ -31,6 +31,9 @@ class QuietProgress:
     def step_ended(self, step: str, counts: dict[str, int]) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class LineProgress:
     """One line when a step ends, and one every ten seconds while it lasts."""
@@ -69,6 +72,9 @@ class LineProgress:
         units = f"{self._ended} unit{'s' if self._ended != 1 else ''}"
         told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in _headline(step, counts))
         self.note(f"{step:<10} {units:<12} {seconds:6.1f} s   {told}".rstrip())
+
+    def close(self) -> None:
+        """Give the terminal back, also when a run ends in the middle of a step."""
 
 
 class BarProgress(LineProgress):

@@ -8,7 +8,8 @@ import click
 import pyarrow.compute as pc
 
 from codeflow.dataset import Dataset
-from codeflow.errors import UsageError
+from codeflow.errors import UsageError, printable
+from codeflow.tables import TABLES
 
 _ROW_PREVIEW_TOKENS = 200
 
@@ -31,7 +32,10 @@ def show(dataset: Dataset, wanted: str) -> str:
         if not dataset.has(table):
             continue
         ids = dataset.read(table, [column])[column]
-        hits = ids.filter(pc.starts_with(ids, pattern=wanted)).to_pylist()
+        fits = pc.starts_with(ids, pattern=wanted)
+        if table == "repos":
+            fits = pc.or_(fits, pc.equal(dataset.read(table, ["name"])["name"], wanted))
+        hits = ids.filter(fits).to_pylist()
         found += [(table, hit) for hit in hits]
         if wanted in hits:
             found = [(table, wanted)]
@@ -49,8 +53,9 @@ def show(dataset: Dataset, wanted: str) -> str:
 
 
 def _one(dataset: Dataset, table: str, column: str, value: str) -> dict[str, Any]:
-    rows = dataset.read(table)
-    return dict(rows.filter(pc.equal(rows[column], value)).to_pylist()[0])
+    """The row with that id; empty when the table, made by an earlier run, does not know it."""
+    rows = dataset.read(table) if dataset.has(table) else TABLES[table].schema.empty_table()
+    return next(iter(rows.filter(pc.equal(rows[column], value)).to_pylist()), {})
 
 
 def _repo(dataset: Dataset, name: str) -> str:
@@ -65,15 +70,14 @@ def _repo(dataset: Dataset, name: str) -> str:
     for t in rows:
         size = f"+{t['lines_added']} -{t['lines_deleted']}"
         lines.append(f"{t['triple_id']:<17} {size:>12} {t['n_files']:>6}  {t['stop_reason']}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _triple(dataset: Dataset, name: str) -> str:
     triple = _one(dataset, "triples", "triple_id", name)
     patch = triple.pop("patch").decode("utf-8", "replace")
     lines = [f"{key:<17} {value}" for key, value in triple.items() if value is not None]
-    if dataset.has("decisions"):
-        d = _one(dataset, "decisions", "triple_id", name)
+    if d := _one(dataset, "decisions", "triple_id", name):
         told = "kept" if d["keep"] else f"dropped by {d['stage']}: {d['reason']} ({d['detail']})"
         lines.append(f"{'decision':<17} {told}")
     commits = dataset.read("commits", ["repo_id", "position", "message"])
@@ -82,7 +86,7 @@ def _triple(dataset: Dataset, name: str) -> str:
     until = pc.less_equal(commits["position"], triple["new_position"])
     for message in commits.filter(pc.and_(same, pc.and_(after, until)))["message"].to_pylist():
         lines.append(f"{'message':<17} {message.partition(chr(10))[0]}")
-    return "\n".join([*map(_printable, lines), "", _colored_patch(patch)])
+    return "\n".join([*map(printable, lines), "", _colored_patch(patch)])
 
 
 def _document(dataset: Dataset, name: str) -> str:
@@ -92,9 +96,9 @@ def _document(dataset: Dataset, name: str) -> str:
     for s in segments:
         trained = "trained" if s["train"] else "not trained"
         title = f"── {s['role']} {s['path']} · {s['n_tokens']} tokens, {trained} "
-        lines += ["", click.style(title.ljust(100, "─"), bold=True)]
+        lines += ["", click.style(printable(title).ljust(100, "─"), bold=True)]
         text = s["text"].strip("\n")
-        lines.append(_colored_patch(text) if s["role"] == "patch" else _printable(text))
+        lines.append(_colored_patch(text) if s["role"] == "patch" else printable(text))
     return "\n".join(lines)
 
 
@@ -104,10 +108,9 @@ def _row(dataset: Dataset, number: str) -> str:
     from codeflow.tokenizer import Tokenizer
 
     rows = dataset.read("shards")
-    hit = rows.filter(pc.equal(rows["row_id"], int(number))).to_pylist()
-    if not hit:
+    if int(number) >= rows.num_rows:
         raise UsageError(f"there are {rows.num_rows} rows: row:0 to row:{rows.num_rows - 1}")
-    row = hit[0]
+    row = rows.filter(pc.equal(rows["row_id"], int(number))).to_pylist()[0]
     tokenizer = Tokenizer.from_file(dataset.root / "shards" / "tokenizer.json")
     lines = [f"row {number}: {row['n_tokens']} tokens, {len(row['docs'])} documents"]
     at = 0
@@ -117,7 +120,7 @@ def _row(dataset: Dataset, number: str) -> str:
         lines += ["", click.style(title.ljust(100, "─"), bold=True)]
         shown = row["input_ids"][at : at + min(length, _ROW_PREVIEW_TOKENS)]
         more = f"\n… {length - len(shown)} tokens more" if length > len(shown) else ""
-        lines.append(_printable(tokenizer.decode(shown)) + more)
+        lines.append(printable(tokenizer.decode(shown)) + more)
         at += length
     return "\n".join(lines)
 
@@ -127,19 +130,12 @@ def _decisions(dataset: Dataset) -> str:
     rows.sort(key=lambda d: (d["stage"], d["reason"], d["triple_id"]))
     lines = [f"{'triple':<17} {'stage':<7} {'reason':<17} detail"]
     lines += [f"{d['triple_id']:<17} {d['stage']:<7} {d['reason']:<17} {d['detail']}" for d in rows]
-    return "\n".join(map(_printable, lines))
+    return "\n".join(map(printable, lines))
 
 
 def _colored_patch(patch: str) -> str:
     colors = {"+": "green", "-": "red", "@": "cyan"}
     return "\n".join(
-        click.style(_printable(line), fg=colors[line[0]])
-        if line[:1] in colors
-        else _printable(line)
+        click.style(printable(line), fg=colors[line[0]]) if line[:1] in colors else printable(line)
         for line in patch.split("\n")
     )
-
-
-def _printable(text: str) -> str:
-    """Repositories are untrusted: no escape sequence of theirs reaches the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
