@@ -111,8 +111,12 @@ def is_test(path: bytes) -> bool:
 
 
 def is_safe(path: bytes) -> bool:
-    """Could git itself check this path out? Not with `..`, `.git`, empty parts, NUL, over 4 KiB."""
-    if not path or len(path) > 4096 or b"\0" in path:
+    """Could git itself check this path out?
+
+    Not with `..`, `.git`, empty parts, NUL, over 4 KiB, or below 250 folders: trees are walked by
+    recursion.
+    """
+    if not path or len(path) > 4096 or path.count(b"/") > 250 or b"\0" in path:
         return False
     return all(
         part not in (b"", b".", b"..") and part.lower() not in (b".git", b"git~1")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 _IDENTITY = re.compile(
-    rb"(?P<name>.*?)\s*<(?P<email>[^<>]*)>(?:\s+(?P<time>-?\d+)(?:\s+(?P<zone>[+-]\d+))?)?", re.S
+    rb"(?P<name>.*?)<(?P<email>[^<>]*)>(?:\s+(?P<time>-?\d+)(?:\s+(?P<zone>[+-]\d+))?)?", re.S
 )
 _INT64 = 1 << 63
 
@@ -16,7 +16,7 @@ _BOT = re.compile(
     r"|pre-commit-ci|allcontributors|codecov|imgbot|weblate|transifex|semantic-release|web-flow)\b",
     re.I,
 )
-_REVERT = re.compile(r"(?:^revert\b|^this reverts commit [0-9a-f]{7,40})", re.I | re.M)
+_REVERT = re.compile(r"(?:\A\s*revert\b|^this reverts commit [0-9a-f]{7,40})", re.I | re.M)
 _PULL_REQUEST = re.compile(
     r"^Merge pull request #(\d{1,9})\b|\(#(\d{1,9})\)\s*$|^Merge branch .* of .* \(#(\d{1,9})\)"
 )
@@ -105,12 +105,13 @@ def _parse_identity(value: bytes) -> tuple[bytes, int, int]:
     match = _IDENTITY.match(value)
     if match is None:
         return value, 0, 0
-    identity = match["name"] + b" <" + match["email"] + b">"
+    identity = match["name"].rstrip() + b" <" + match["email"] + b">"
     time = int(match["time"] or 0) if len(match["time"] or b"") < 20 else _INT64
     if not -_INT64 <= time < _INT64:
         time = 0
     zone = match["zone"] or b"+0000"
-    minutes = int(zone[1:-2] or 0) * 60 + int(zone[-2:]) if len(zone) <= 5 else 0
+    hours, minutes = divmod(int(zone[1:]), 100) if len(zone) <= 5 else (0, 0)
+    minutes += 60 * hours
     offset = minutes if minutes <= 14 * 60 else 0
     return identity, time, -offset if zone[:1] == b"-" else offset
 
@@ -118,6 +119,8 @@ def _parse_identity(value: bytes) -> tuple[bytes, int, int]:
 def _decode(body: bytes, encoding: str) -> tuple[str, bool]:
     """The text, and whether bytes were lost. Codecs that are no text encodings count as unknown."""
     try:
-        return body.decode(encoding or "utf-8"), False
+        text = body.decode(encoding or "utf-8")
+        text.encode()  # some codecs give lone surrogates, which no table can store
+        return text, False
     except (LookupError, UnicodeError, ValueError):
         return body.decode("utf-8", "replace"), True

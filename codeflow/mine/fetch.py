@@ -12,28 +12,36 @@ import signal
 import subprocess
 from pathlib import Path
 
+from codeflow.dataset import clones_folder
 from codeflow.errors import RepositoryError
-from codeflow.mine.refs import find_git_dir, pinned_head
+from codeflow.mine.refs import GitDir, find_git_dir, pinned_head
 from codeflow.recipe import Recipe
 from codeflow.work import Counts, Work
 
 
 def run(work: Work, recipe: Recipe) -> Counts:
-    """Leave `git_dir` (relative to the dataset for clones) and `head` in the unit's facts."""
-    kind, location = work.facts["kind"], work.facts["location"]
-    if kind == "path":
-        git = find_git_dir(Path(location))
-        work.facts["git_dir"] = location
+    """Leave `git_dir` (`clones/…` for clones) and `head` in the unit's facts."""
+    if work.facts["kind"] == "path":
+        work.facts["git_dir"] = work.facts["location"]
     else:
-        relative = f"clones/{work.unit}.git"
-        target = work.root / relative
-        if not target.exists():
-            protocols = "https:ssh" if kind == "url" else "file"
-            clone(location, target, protocols=protocols, seconds=recipe.run.clone_seconds)
-        git = find_git_dir(target)
-        work.facts["git_dir"] = relative
-    work.facts["head"] = pinned_head(git)
+        work.facts["git_dir"] = f"clones/{work.unit}.git"
+    work.facts["head"] = pinned_head(repository(work, recipe))
     return {}
+
+
+def repository(work: Work, recipe: Recipe) -> GitDir:
+    """The git directory of a unit's repository, cloned where this machine does not have it yet.
+
+    Nodes that share no disk each keep clones of their own.
+    """
+    if work.facts["kind"] == "path":
+        return find_git_dir(Path(work.facts["git_dir"]))
+    folder = clones_folder(work.root) / Path(work.facts["git_dir"]).name
+    if not folder.exists():
+        protocols = "https:ssh" if work.facts["kind"] == "url" else "file"
+        seconds = recipe.run.clone_seconds
+        clone(work.facts["location"], folder, protocols=protocols, seconds=seconds)
+    return find_git_dir(folder)
 
 
 def clone(location: str, target: Path, *, protocols: str, seconds: float) -> None:
@@ -72,7 +80,7 @@ def clone(location: str, target: Path, *, protocols: str, seconds: float) -> Non
         try:
             _, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired as e:
-            process.send_signal(signal.SIGKILL)
+            _kill_tree(process.pid)
             process.communicate()
             raise RepositoryError(
                 "clone_timeout", f"clone took longer than {seconds:g} s (run.clone_seconds)"
@@ -86,3 +94,18 @@ def clone(location: str, target: Path, *, protocols: str, seconds: float) -> Non
         raise RepositoryError("clone_failed", "clone failed: no `git` command on PATH") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _kill_tree(pid: int) -> None:
+    """Kill a process and all it started, git's network helpers above all: they outlive git.
+
+    Not by process group: git stays in its worker's, so that whoever kills the worker ends the
+    clone too. Where there is no /proc, helpers end by themselves after `http.lowSpeedTime`.
+    """
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        children = []
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        _kill_tree(int(child))

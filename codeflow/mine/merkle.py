@@ -43,12 +43,18 @@ def changed_tree(read: ReadTree, root: str, edits: Mapping[bytes, Entry | None])
         read: Raw tree by id.
         root: Id of the tree to change.
         edits: New (mode, id) by full path; None removes the path. Folders left empty vanish.
+
+    Raises:
+        ValueError: A tree on the way to an edit is malformed.
     """
     return _changed(read, root, {tuple(p.split(b"/")): e for p, e in edits.items()})
 
 
 def _changed(read: ReadTree, tree: str, edits: Mapping[tuple[bytes, ...], Entry | None]) -> str:
-    entries = {} if tree == EMPTY_TREE else {n: (m, i) for n, m, i in parse_tree(read(tree))}
+    data = b"" if tree == EMPTY_TREE else read(tree)
+    entries = {n: (m, i) for n, m, i in parse_tree(data)}
+    if format_tree(entries) != data:
+        raise ValueError(f"tree {tree} is not one git would write: order, duplicates or modes")
     below: dict[bytes, dict[tuple[bytes, ...], Entry | None]] = {}
     # Removals first: a file may give way to a folder of the same name, and the other way round.
     for path, entry in sorted(edits.items(), key=lambda e: e[1] is not None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ GITLINK = 0o160000
 SYMLINK = 0o120000
 TREE = 0o040000
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+EMPTY_BLOB = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
 _DIFF_FLAGS = int(DiffOption.INDENT_HEURISTIC)  # as git itself since 2.14
 _LFS = b"version https://git-lfs"
@@ -55,7 +57,18 @@ class BlobInfo:
 
 
 class CorruptObject(ValueError):
-    """Content does not hash to its id."""
+    """Content does not hash to its id, or cannot be read as what it should be."""
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """What libgit2 says of damaged objects, as `CorruptObject`; a missing one stays a KeyError."""
+    try:
+        yield
+    except KeyError:
+        raise
+    except pygit2.GitError as e:
+        raise CorruptObject(f"damaged object: {e}") from e
 
 
 class Objects:
@@ -70,15 +83,15 @@ class Objects:
 
     def commit(self, commit: str) -> bytes:
         """Raw commit object. KeyError when missing, CorruptObject when it is not what it claims."""
-        return self._checked(commit, b"commit", self._odb.read(commit)[1])
+        return self._checked(commit, b"commit")
 
     def tree(self, tree: str) -> bytes:
         """Raw tree object."""
-        return b"" if tree == EMPTY_TREE else self._checked(tree, b"tree", self._odb.read(tree)[1])
+        return b"" if tree == EMPTY_TREE else self._checked(tree, b"tree")
 
     def blob(self, blob: str) -> bytes:
         """File content."""
-        return self._checked(blob, b"blob", self._odb.read(blob)[1])
+        return self._checked(blob, b"blob")
 
     def blob_info(self, blob: str, mode: int) -> BlobInfo:
         """Kind and size; reads the content once, and only when it is small enough to be text."""
@@ -87,12 +100,14 @@ class Objects:
         info = self._info.get(blob)
         if info is None:
             info = self._info[blob] = self._classify(blob)
-        return BlobInfo("symlink", info.size) if mode == SYMLINK else info
+        is_text = info.kind in ("text", "lfs")
+        return BlobInfo("symlink", info.size) if mode == SYMLINK and is_text else info
 
     def deltas(self, old_tree: str, new_tree: str) -> Iterator[Delta]:
         """Changed paths without rename detection: cheap, reads trees only."""
-        for delta in self._diff(old_tree, new_tree).deltas:
-            yield _delta(delta)
+        with _reading():
+            for delta in self._diff(old_tree, new_tree).deltas:
+                yield _delta(delta)
 
     def changes(
         self, old_tree: str, new_tree: str, rename_limit: int
@@ -102,45 +117,54 @@ class Objects:
         A section is empty where a patch has nothing to say or must not be built: content that is
         no text or too large, on either side.
         """
-        diff = self._diff(old_tree, new_tree)
-        letters = {d.status_char() for d in diff.deltas}
-        if "A" in letters and "D" in letters:
-            try:
-                diff.find_similar(rename_limit=rename_limit)
-            except KeyError:  # a filtered clone lacks some content: only equal ids can be paired
-                diff.find_similar(flags=DiffFind.FIND_EXACT_MATCH_ONLY)
-        for index, raw in enumerate(diff.deltas):
-            delta = _delta(raw)
-            section, added, deleted = b"", 0, 0
-            if self._has_section(delta):
-                patch = diff[index]
-                if patch is not None:
-                    section = patch.data
-                    _, added, deleted = patch.line_stats
-            yield delta, section, added, deleted
+        with _reading():
+            diff = self._diff(old_tree, new_tree)
+            letters = {d.status_char() for d in diff.deltas}
+            if "A" in letters and "D" in letters:
+                try:
+                    diff.find_similar(rename_limit=rename_limit)
+                except KeyError:  # a filtered clone lacks some content: only equal ids can pair
+                    diff.find_similar(flags=DiffFind.FIND_EXACT_MATCH_ONLY)
+            for index, raw in enumerate(diff.deltas):
+                delta = _delta(raw)
+                section, added, deleted = b"", 0, 0
+                if self._has_section(delta):
+                    patch = diff[index]
+                    if patch is not None:
+                        section = patch.data
+                        _, added, deleted = patch.line_stats
+                yield delta, section, added, deleted
 
     def changed_lines(self, old: str | None, new: str | None) -> int:
         """Added plus deleted lines between two text blobs; None = absent."""
         if old is None or new is None:
             data = self.blob(old or new or "")
             return data.count(b"\n") + (not data.endswith(b"\n") and data != b"")
-        patch: pygit2.Patch = self._read(old).diff(self._read(new))
-        _, added, deleted = patch.line_stats
+        with _reading():
+            patch: pygit2.Patch = self._read(old).diff(self._read(new))
+            _, added, deleted = patch.line_stats
         return int(added + deleted)
 
     def _diff(self, old_tree: str, new_tree: str) -> pygit2.Diff:
         diff: pygit2.Diff
         if old_tree == EMPTY_TREE:
-            diff = self._read(new_tree).diff_to_tree(flags=_DIFF_FLAGS, swap=True)
+            diff = self._read_tree(new_tree).diff_to_tree(flags=_DIFF_FLAGS, swap=True)
         elif new_tree == EMPTY_TREE:
-            diff = self._read(old_tree).diff_to_tree(flags=_DIFF_FLAGS)
+            diff = self._read_tree(old_tree).diff_to_tree(flags=_DIFF_FLAGS)
         else:
-            diff = self._read(old_tree).diff_to_tree(self._read(new_tree), flags=_DIFF_FLAGS)
+            new = self._read_tree(new_tree)
+            diff = self._read_tree(old_tree).diff_to_tree(new, flags=_DIFF_FLAGS)
         return diff
 
     def _read(self, name: str) -> Any:
         """A libgit2 object; Any, because its type stubs know only what all objects share."""
         return self._repository[name]
+
+    def _read_tree(self, name: str) -> Any:
+        tree = self._read(name)
+        if not isinstance(tree, pygit2.Tree):  # a hostile commit may name anything
+            raise CorruptObject(f"{name} is no tree")
+        return tree
 
     def _has_section(self, delta: Delta) -> bool:
         if delta.old_blob == delta.new_blob:
@@ -151,7 +175,8 @@ class Objects:
 
     def _classify(self, blob: str) -> BlobInfo:
         try:
-            size = self._odb.read_header(blob)[1]
+            with _reading():
+                size = self._odb.read_header(blob)[1]
             if size > self._max_blob_bytes:
                 return BlobInfo("too_large", size)
             data = self.blob(blob)
@@ -161,8 +186,9 @@ class Objects:
             return BlobInfo("binary", size)
         return BlobInfo("lfs" if data.startswith(_LFS) else "text", size)
 
-    @staticmethod
-    def _checked(name: str, kind: bytes, data: bytes) -> bytes:
+    def _checked(self, name: str, kind: bytes) -> bytes:
+        with _reading():
+            data: bytes = self._odb.read(name)[1]
         if git_hash(kind, data) != name:
             raise CorruptObject(f"{kind.decode()} {name} is damaged: its content has another hash")
         return data

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 
-_HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+# At most ten digits: no file has more lines, and `int` refuses numbers of thousands of digits.
+_HUNK = re.compile(rb"@@ -(\d{1,10})(?:,(\d{1,10}))? \+\d{1,10}(?:,(\d{1,10}))? @@")
 
 
 class PatchError(ValueError):
@@ -94,7 +95,7 @@ def _hunk_header(line: bytes) -> tuple[int, int, int]:
     match = _HUNK.match(line)
     if match is None:
         raise PatchError(f"malformed hunk header {line[:60]!r}")
-    old_start, old_count, _, new_count = match.groups()
+    old_start, old_count, new_count = match.groups()
     return int(old_start), int(old_count or 1), int(new_count or 1)
 
 

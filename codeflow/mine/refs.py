@@ -80,7 +80,7 @@ def pinned_head(git: GitDir) -> str:
         if not value.startswith("ref:"):
             break
         value = _resolve(git, value.removeprefix("ref:").strip())
-    raise RepositoryError("empty", "HEAD names no commit: the repository is empty")
+    raise RepositoryError("empty", "HEAD names no commit: the repository or its branch is empty")
 
 
 def _resolve(git: GitDir, name: str) -> str:

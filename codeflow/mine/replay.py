@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from codeflow.mine.merkle import changed_tree, parse_tree
-from codeflow.mine.objects import EMPTY_TREE, GITLINK, TREE, git_hash
+from codeflow.mine.objects import EMPTY_BLOB, EMPTY_TREE, GITLINK, TREE, git_hash
 from codeflow.mine.patch import PatchError, apply_section, split_patch
 from codeflow.work import Work
 
@@ -97,8 +97,8 @@ def replay_triple(
         sections = split_patch(triple["patch"])
     except PatchError as e:
         return f"patch: {e}"
-    if len(sections) != sum(c["in_patch"] for c in changes):
-        return f"patch has {len(sections)} sections, {len(changes)} changes are listed"
+    if len(sections) != (listed := sum(c["in_patch"] for c in changes)):
+        return f"patch has {len(sections)} sections, the listed changes have {listed}"
     if triple["patch_complete"] != all(c["in_patch"] for c in changes):
         return "patch_complete contradicts the listed changes"
     edits: dict[bytes, tuple[int, str] | None] = {}
@@ -106,12 +106,12 @@ def replay_triple(
     for change in changes:
         section = next(remaining) if change["in_patch"] else None
         old, new = change["old_blob"], change["new_blob"]
-        if section is not None and new is not None and old != new:
+        if section is not None and old != new:
             try:
                 result = apply_section(states.contents[old] if old else b"", section)
             except (PatchError, KeyError) as e:
                 return f"{change['path']!r}: {e}"
-            if git_hash(b"blob", result) != new:
+            if git_hash(b"blob", result) != (new or EMPTY_BLOB):
                 return f"{change['path']!r}: the patch leads to other content"
         if old is not None:
             edits.setdefault(change["old_path"] or change["path"], None)

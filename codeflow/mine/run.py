@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from codeflow.errors import RepositoryError
 from codeflow.mine.commits import Commit, parse_commit
+from codeflow.mine.fetch import repository
 from codeflow.mine.flow import Flow
 from codeflow.mine.history import Window, mainline, maturity_window, steps
 from codeflow.mine.license import is_license_file, license_of
 from codeflow.mine.merkle import parse_tree
 from codeflow.mine.objects import TREE, CorruptObject, Objects
-from codeflow.mine.refs import find_git_dir
 from codeflow.mine.snapshot import Snapshot
 from codeflow.mine.triple import NetChange, Unprovable, net_change, prove, triple_id
 from codeflow.paths import is_test, language_of
@@ -41,13 +41,13 @@ class Triple:
 def run(work: Work, recipe: Recipe) -> Counts:
     """Mine one repository into repos, commits, triples, changes, blobs and trees.
 
-    Facts in: `git_dir` (relative to the dataset for clones), `head`, `location`, `name`.
+    Facts in: `kind`, `location`, `name`, and `git_dir`, `head` as the unit `fetch` left them.
 
     Raises:
         RepositoryError: The history cannot be read at all. Damage in a part of it costs that part.
     """
     settings = recipe.mine
-    git = find_git_dir(work.root / work.facts["git_dir"])
+    git = repository(work, recipe)
     objects = Objects(git.objects, settings.max_blob_bytes)
 
     def read(commit: str) -> Commit:
@@ -245,7 +245,7 @@ def _write_triples(
             "stop_reason": [t.stop_reason for t in triples],
             "lines_added": [sum(f.lines_added for f in c.files) for c in changes],
             "lines_deleted": [sum(f.lines_deleted for f in c.files) for c in changes],
-            "n_files": [len(c.files) for c in changes],
+            "n_files": [c.n_files for c in changes],
             "license": [spdx] * len(triples),
             "has_tests": [c.has_tests for c in changes],
             "patch_complete": [c.complete for c in changes],

@@ -29,24 +29,28 @@ class Snapshot:
     states: int = 0
 
     def add(self, objects: Objects, root: str) -> None:
-        """Add the state with this root tree. Subtrees seen before cost nothing.
+        """Add the state with this root tree, whole or not at all. Subtrees seen cost nothing.
 
         Raises:
             KeyError: A tree is missing. CorruptObject: a tree is damaged.
         """
-        age, self.states = self.states, self.states + 1
+        trees: dict[str, bytes] = {}
+        blobs: dict[str, FirstSeen] = {}
         stack = [(root, b"")]
         while stack:
             tree, prefix = stack.pop()
-            if tree in self.trees or tree == EMPTY_TREE:
+            if tree in self.trees or tree in trees or tree == EMPTY_TREE:
                 continue
-            data = self.trees[tree] = objects.tree(tree)
+            data = trees[tree] = objects.tree(tree)
             for name, mode, entry in parse_tree(data):
                 path = prefix + name
                 if mode == TREE:
                     stack.append((entry, path + b"/"))
-                elif mode != GITLINK and entry not in self.blobs:
-                    self.blobs[entry] = FirstSeen(path, age, mode)
+                elif mode != GITLINK and entry not in self.blobs and entry not in blobs:
+                    blobs[entry] = FirstSeen(path, self.states, mode)
+        self.trees |= trees
+        self.blobs |= blobs
+        self.states += 1
 
     def blobs_in_order(self) -> list[tuple[str, FirstSeen]]:
         """Blobs by (path, age, id)."""

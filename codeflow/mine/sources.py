@@ -8,6 +8,7 @@ reading history is checked here, before any work starts.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def parse_sources(lines: Iterable[str], where: str) -> list[Source]:
 
 def parse_source(entry: str) -> Source:
     """Understand one entry; the message of a `SourceListError` says how to write it instead."""
-    if any(c.isspace() for c in entry) and not Path(entry).exists():
+    if any(c.isspace() for c in entry) and not os.path.exists(entry):
         raise SourceListError(f"`{entry}` has spaces: write one entry a line")
     if entry.startswith("-"):
         raise SourceListError(f"`{entry}` looks like an option, not a repository")
@@ -95,7 +96,7 @@ def parse_source(entry: str) -> Source:
         if user is not None and (scheme == "https" or ":" in user):
             raise SourceListError(
                 f"the URL of {host}/{path} holds credentials, which would be stored with the "
-                "data: leave them out and give git a credential helper or an SSH key"
+                "data: leave them out and use ~/.netrc or an SSH key"
             )
         path = path.rstrip("/").removesuffix(".git")
         return _remote(f"{scheme}://{user or ''}{host.lower()}/{path}", f"{host.lower()}/{path}")
@@ -106,9 +107,14 @@ def parse_source(entry: str) -> Source:
     if "://" in entry or "::" in entry:
         match = _SCHEME.match(entry)
         scheme = match.group(1) if match else entry
+        if scheme.lower() in ("https", "ssh"):  # not repeated here: it may hold a password
+            raise SourceListError(
+                f"malformed {scheme} URL: write it as {scheme.lower()}://host/owner/name, "
+                "without a password in it"
+            )
         raise SourceListError(f"`{entry}`: `{scheme}` URLs are not allowed; use https or ssh")
     if _OWNER_NAME.match(entry):
-        if Path(entry).exists():
+        if os.path.exists(entry):
             raise SourceListError(
                 f"`{entry}` is a folder here and could be a GitHub repository too: write "
                 f"./{entry} or https://github.com/{entry}"
@@ -124,8 +130,14 @@ def _remote(url: str, identity: str) -> Source:
 
 
 def _local(entry: str) -> Source:
-    path = Path(entry).expanduser()
-    absolute = path.resolve()
+    try:
+        return _local_source(entry, Path(entry).expanduser().resolve())
+    except (RepositoryError, OSError, RuntimeError, ValueError) as e:
+        # Not permitted, too long, a NUL in it, or `~user` of nobody.
+        raise SourceListError(f"`{entry}`: {e}") from e
+
+
+def _local_source(entry: str, absolute: Path) -> Source:
     if not absolute.exists():
         hint = "" if "/" in entry else " (a GitHub repository is written owner/name)"
         raise SourceListError(f"`{entry}`: no such folder or bundle: {absolute}{hint}")
@@ -135,10 +147,7 @@ def _local(entry: str) -> Source:
                 raise SourceListError(f"`{entry}` is a file, but not a git bundle")
         name = absolute.name.removesuffix(".bundle")
         return Source("bundle", str(absolute), _repo_id(name, str(absolute)), name)
-    try:
-        find_git_dir(absolute)
-    except RepositoryError as e:
-        raise SourceListError(f"`{entry}`: {e}") from e
+    find_git_dir(absolute)
     name = absolute.name.removesuffix(".git") or "repository"
     return Source("path", str(absolute), _repo_id(name, str(absolute)), name)
 

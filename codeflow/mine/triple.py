@@ -48,6 +48,11 @@ class NetChange:
         return all(f.section for f in self.files)
 
     @property
+    def n_files(self) -> int:
+        """Changed paths: a file that changes its type has two sections, but is one file."""
+        return len({f.path for f in self.files})
+
+    @property
     def lines(self) -> int:
         return sum(f.lines_added + f.lines_deleted for f in self.files)
 
@@ -98,11 +103,11 @@ def prove(objects: Objects, old_tree: str, new_tree: str, change: NetChange) -> 
             edits.setdefault(delta.old_path, None)
         if delta.new_blob is not None:
             edits[delta.new_path] = (delta.new_mode, delta.new_blob)
-        if file.section and delta.new_blob is not None and delta.old_blob != delta.new_blob:
+        if file.section and delta.old_blob != delta.new_blob:
             try:
                 old = objects.blob(delta.old_blob) if delta.old_blob else b""
-                new = apply_section(old, file.section)
-                same = new == objects.blob(delta.new_blob)
+                new = objects.blob(delta.new_blob) if delta.new_blob else b""
+                same = new == apply_section(old, file.section)
             except (PatchError, CorruptObject, KeyError) as e:
                 raise Unprovable(f"{file.path!r}: {e}") from e
             if not same:
