@@ -20,11 +20,23 @@ import click
 from codeflow import __version__
 from codeflow.errors import CodeflowError
 from codeflow.exec import EXECUTORS
+from codeflow.storage import AnyPath, parse_root
 
 if TYPE_CHECKING:
     from codeflow.pipeline import RunOptions
     from codeflow.recipe import Recipe
 
+
+class _Dataset(click.ParamType[AnyPath]):
+    """A folder or a URI of an object store."""
+
+    name = "dataset"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> AnyPath:  # noqa: ARG002 - click's
+        return value if isinstance(value, AnyPath) else parse_root(value)
+
+
+_DATASET = _Dataset()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -113,8 +125,8 @@ def _source_options(command: F) -> F:
             click.option("--repos", required=True, type=click.Path(path_type=Path),
                          help="List of repositories, one a line: URL, owner/name (GitHub), path or "
                          "git bundle; # starts a comment."),
-            click.option("--out", required=True, type=click.Path(path_type=Path),
-                         help="Dataset folder; made when absent."),
+            click.option("--out", required=True, type=_DATASET,
+                         help="Dataset: a folder, made when absent, or s3://bucket/prefix."),
             click.option("--limit", type=click.IntRange(1), default=None,
                          help="Take only the first repositories of the list."),
             click.option("--update", is_flag=True,
@@ -166,11 +178,11 @@ def mine(**options: Any) -> int:
 
 def _stage_command(stage: str, text: str, example: str) -> None:
     @cli.command(stage, help=text, epilog=f"\b\nExample:\n  {example}\n")
-    @click.argument("data", type=click.Path(path_type=Path))
+    @click.argument("data", type=_DATASET)
     @_recipe_options
     @_run_options
     def command(
-        data: Path, recipe_path: Path | None, overrides: tuple[str, ...], **run: Any
+        data: AnyPath, recipe_path: Path | None, overrides: tuple[str, ...], **run: Any
     ) -> int:
         return _build(data, None, stage, recipe_path, overrides, **run)
 
@@ -206,10 +218,10 @@ Example:
   codeflow verify data/
 """
 )
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=_DATASET)
 @click.option("--workers", type=click.IntRange(1), default=None, help="Default: number of cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(data: Path, workers: int | None, as_json: bool) -> int:
+def verify(data: AnyPath, workers: int | None, as_json: bool) -> int:
     """Prove a dataset: every checksum, and R_old + P = R_new for every triple.
 
     Needs nothing but the dataset. Exits with 1 when anything is wrong.
@@ -249,10 +261,10 @@ Examples:
   codeflow show recipe --recipe pipelines/quickstart.toml --set pack.length=65536
 """
 )
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=_DATASET)
 @click.argument("item", default="")
 @_recipe_options
-def show(data: Path, item: str, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
+def show(data: AnyPath, item: str, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
     """Show a dataset, or one repository, triple, document or row of it.
 
     DATA is a dataset folder, or the word `recipe` to see what a recipe comes to without one.
@@ -345,7 +357,7 @@ def train(as_json: bool, **options: Any) -> None:
 
 
 def _build_from_list(
-    until: str, *, repos: Path, out: Path, limit: int | None, recipe_path: Path | None,
+    until: str, *, repos: Path, out: AnyPath, limit: int | None, recipe_path: Path | None,
     overrides: tuple[str, ...], **options: Any,
 ) -> int:  # fmt: skip
     from codeflow.mine.sources import read_sources
@@ -355,7 +367,7 @@ def _build_from_list(
 
 
 def _build(
-    root: Path,
+    root: AnyPath,
     sources: Any,
     until: str,
     recipe_path: Path | None,
@@ -398,7 +410,7 @@ def _build(
     return result.exit_code
 
 
-def _resolve_recipe(root: Path, path: Path | None, overrides: tuple[str, ...]) -> Recipe:
+def _resolve_recipe(root: AnyPath, path: Path | None, overrides: tuple[str, ...]) -> Recipe:
     """The recipe named, else the dataset's own, else the built-in one; with overrides applied."""
     from codeflow.dataset import Dataset
     from codeflow.recipe import load_recipe, override_recipe
@@ -410,7 +422,7 @@ def _resolve_recipe(root: Path, path: Path | None, overrides: tuple[str, ...]) -
     return load_recipe(path, overrides)
 
 
-def _print_plan(root: Path, recipe: Recipe, sources: Any, until: str, as_json: bool) -> int:
+def _print_plan(root: AnyPath, recipe: Recipe, sources: Any, until: str, as_json: bool) -> int:
     from codeflow.pipeline import STEPS, plan
 
     steps = plan(root, recipe, sources)

@@ -1,15 +1,19 @@
-"""A dataset folder: where things live, what counts as done, and how it is read back.
+"""A dataset: where things live, what counts as done, and how it is read back.
+
+A dataset is a local folder or a prefix of an object store; both look the same inside:
 
     data/
       codeflow.json          marks the folder as a dataset: format version
       recipe.toml            the resolved recipe
       sources.json           the canonical list of repositories
-      clones/<repo>.git      bare clones of remote sources (a cache; not part of the data)
+      clones/<repo>.git      bare clones of remote sources (a cache; not part of the data; for a
+                             dataset on an object store they are in a local cache folder)
       markers/<step>/<unit>.json   a finished unit: its fingerprint, files, counts
       tables/<table>/<unit>.<fp>.parquet
       shards/                manifest.json, tokenizer.json, shard-NNNNN.<fp>.parquet
       manifest.json          every data file with rows, bytes and sha256; written when a run ends
-      journal.jsonl          what ran when, how long, how much memory (never part of the data)
+      journal.jsonl          what ran when, how long, how much memory (never part of the data; on an
+                             object store, where nothing can be appended, one file a run)
 
 Commit protocol: a unit writes its files under temporary names, renames each to a name that holds
 the unit's fingerprint, then writes its marker, atomically. Only files named by a marker exist for
@@ -25,18 +29,23 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeflow.errors import DatasetError, did_you_mean
-from codeflow.recipe import Recipe, load_recipe, to_toml
+from codeflow.recipe import Recipe, recipe_from_mapping, to_toml
+from codeflow.settings import read_toml
+from codeflow.storage import AnyPath, files_below, relative_name, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
+_REQUESTS = 16  # to an object store at a time
 
 
 @dataclass(frozen=True)
@@ -79,39 +88,15 @@ class Marker:
         return cls(**value)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing, durably: temporary name, fsync, rename, fsync of folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Dataset:
-    """A dataset folder that exists. Make one with `create` or `open`."""
+    """A dataset that exists. Make one with `create` or `open`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: AnyPath) -> None:
         self.root = root
+        self._events: list[dict[str, Any]] = []
 
     @classmethod
-    def create(cls, root: Path) -> Dataset:
+    def create(cls, root: AnyPath) -> Dataset:
         """Open a dataset, making it when the folder is absent or empty.
 
         Raises:
@@ -120,12 +105,11 @@ class Dataset:
         if (root / "codeflow.json").exists():
             return cls.open(root)
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            strangers = [p for p in root.iterdir() if ".tmp-" not in p.name and p.name != ".lock"]
-            if strangers:
+            stranger = _stranger(root)
+            if stranger is not None:
                 raise DatasetError(
-                    f"{root} is not a codeflow dataset and not empty (it holds "
-                    f"`{strangers[0].name}`): name an empty or new folder with --out"
+                    f"{root} is not a codeflow dataset and not empty (it holds `{stranger}`): "
+                    "name an empty or new folder with --out"
                 )
             marker = json.dumps({"format": "codeflow-dataset", "format_version": FORMAT_VERSION})
             write_atomically(root / "codeflow.json", marker.encode() + b"\n")
@@ -136,7 +120,7 @@ class Dataset:
         return cls(root)
 
     @classmethod
-    def open(cls, root: Path) -> Dataset:
+    def open(cls, root: AnyPath) -> Dataset:
         """Open an existing dataset.
 
         Raises:
@@ -165,7 +149,14 @@ class Dataset:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the dataset for writing; a second writer gets an error instead of a mess."""
+        """Hold the dataset for writing; a second writer gets an error instead of a mess.
+
+        An object store offers no lock. Two runs at once cost double work there, and no damage:
+        units are committed whole, and the same unit is the same bytes.
+        """
+        if not isinstance(self.root, Path):
+            yield
+            return
         try:
             lock = open(self.root / ".lock", "w")  # noqa: SIM115 - closed by `with` below
         except OSError as e:
@@ -183,7 +174,9 @@ class Dataset:
 
     def stored_recipe(self) -> Recipe | None:
         path = self.root / "recipe.toml"
-        return load_recipe(path) if path.exists() else None
+        if not path.exists():
+            return None
+        return recipe_from_mapping(read_toml(path.read_text(), str(path)), str(path))
 
     def store_recipe(self, recipe: Recipe) -> None:
         write_atomically(self.root / "recipe.toml", to_toml(recipe).encode())
@@ -198,7 +191,7 @@ class Dataset:
 
     # -- markers ----------------------------------------------------------------------------------
 
-    def _marker_path(self, step: str, unit: str) -> Path:
+    def _marker_path(self, step: str, unit: str) -> AnyPath:
         return self.root / "markers" / step / f"{unit}.json"
 
     def marker(self, step: str, unit: str) -> Marker | None:
@@ -213,8 +206,14 @@ class Dataset:
     def markers(self, step: str) -> list[Marker]:
         """All markers of a step, by unit name."""
         folder = self.root / "markers" / step
-        names = sorted(p.stem for p in folder.glob("*.json")) if folder.is_dir() else []
-        return [m for name in names if (m := self.marker(step, name)) is not None]
+        names = [p.name for p in files_below(folder)]
+        units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        if isinstance(folder, Path):
+            found = [self.marker(step, unit) for unit in units]
+        else:  # each is a request: ask for many at a time
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                found = list(pool.map(lambda unit: self.marker(step, unit), units))
+        return [marker for marker in found if marker is not None]
 
     def commit(self, marker: Marker) -> None:
         text = json.dumps(asdict(marker), indent=1, sort_keys=True)
@@ -251,20 +250,25 @@ class Dataset:
 
     def sweep(self) -> None:
         """Delete what no marker names: leftovers of killed workers and of earlier recipes."""
-        named = {self.root / f.path for m in self.all_markers() for f in m.files}
-        named.add(self.root / "shards" / "manifest.json")
-        named.add(self.root / "shards" / "tokenizer.json")
+        named = {f.path for m in self.all_markers() for f in m.files}
+        named |= {"shards/manifest.json", "shards/tokenizer.json"}
         for folder in ("tables", "shards", "markers"):
-            for path in sorted((self.root / folder).rglob("*"), reverse=True):
-                stale = folder != "markers" and path not in named
-                if path.is_file() and (stale or ".tmp-" in path.name):
+            for path in files_below(self.root / folder):
+                stale = folder != "markers" and relative_name(path, self.root) not in named
+                if stale or ".tmp-" in path.name:
                     path.unlink()
-                elif path.is_dir() and not any(path.iterdir()):
+        if isinstance(self.root, Path):
+            self._sweep_folders(self.root)
+
+    @staticmethod
+    def _sweep_folders(root: Path) -> None:
+        for folder in ("tables", "shards", "markers"):
+            for path in sorted((root / folder).rglob("*"), reverse=True):
+                if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
-        for path in self.root.glob("*.tmp-*"):
+        for path in root.glob("*.tmp-*"):
             path.unlink()
-        clones = self.root / "clones"
-        for path in clones.glob("*.tmp-*") if clones.is_dir() else []:
+        for path in (root / "clones").glob("*.tmp-*"):
             shutil.rmtree(path)
 
     def write_manifest(self, recipe: Recipe) -> None:
@@ -292,11 +296,41 @@ class Dataset:
             write_atomically(path, data)
 
     def journal(self, **event: Any) -> None:
-        """Append one line to the run log."""
-        with open(self.root / "journal.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(event) + "\n")
+        """Add one line to the run log."""
+        if isinstance(self.root, Path):
+            with open(self.root / "journal.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(event) + "\n")
+        else:
+            self._events.append(event)
+
+    def close_journal(self) -> None:
+        """Write what a run logged, where lines cannot be appended one by one."""
+        if self._events:
+            lines = "".join(json.dumps(event) + "\n" for event in self._events)
+            name = f"{time.time_ns()}-{os.getpid()}.jsonl"
+            write_atomically(self.root / "journal" / name, lines.encode())
+            self._events.clear()
 
     def all_markers(self) -> Iterator[Marker]:
-        markers = self.root / "markers"
-        for folder in sorted(markers.iterdir()) if markers.is_dir() else []:
-            yield from self.markers(folder.name)
+        """The markers of all steps, by step and unit name."""
+        files = files_below(self.root / "markers")
+        names = {relative_name(p, self.root).split("/")[1] for p in files}
+        for step in sorted(names):
+            yield from self.markers(step)
+
+
+def clones_folder(root: AnyPath) -> Path:
+    """Where the clones of a dataset's remote sources are kept; git needs a local disk."""
+    if isinstance(root, Path):
+        return root / "clones"
+    cache = os.environ.get("CODEFLOW_CACHE") or str(Path.home() / ".cache" / "codeflow")
+    return Path(cache) / "clones"
+
+
+def _stranger(root: AnyPath) -> str | None:
+    """Name of something in a folder that is to become a dataset, None when it is empty."""
+    if not isinstance(root, Path):
+        return next((relative_name(p, root) for p in files_below(root)), None)
+    root.mkdir(parents=True, exist_ok=True)
+    names = sorted(p.name for p in root.iterdir())
+    return next((n for n in names if ".tmp-" not in n and n != ".lock"), None)

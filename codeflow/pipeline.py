@@ -26,6 +26,7 @@ from codeflow.exec import Limits, Outcome, Unit, make_executor
 from codeflow.mine.sources import Source
 from codeflow.recipe import Recipe, changed_settings, digest
 from codeflow.settings import to_mapping
+from codeflow.storage import AnyPath, absolute
 
 ALL = "all"
 
@@ -135,7 +136,7 @@ class RunOptions:
 
 
 def build(
-    root: Path,
+    root: AnyPath,
     recipe: Recipe,
     sources: Sequence[Source] | None,
     progress: Progress,
@@ -172,11 +173,12 @@ def build(
         if runner.ran:
             dataset.sweep()
         dataset.write_manifest(recipe)
+        dataset.close_journal()
     return BuildResult(runner.ran, runner.skipped, tuple(runner.quarantined))
 
 
 def plan(
-    root: Path, recipe: Recipe, sources: Sequence[Source] | None
+    root: AnyPath, recipe: Recipe, sources: Sequence[Source] | None
 ) -> dict[str, tuple[int, int]]:
     """How many units of each step would run and how many are done, as far as can be told now.
 
@@ -331,7 +333,7 @@ class _Runner:
                 p.unit,
                 "codeflow.work:run_unit",
                 {
-                    "root": str(self.dataset.root.resolve()),
+                    "root": absolute(self.dataset.root),
                     "step": step.name,
                     "unit": p.unit,
                     "fingerprint": p.fingerprint,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer as _HFTokenizer
 
 from codeflow.errors import CodeflowError
+from codeflow.storage import AnyPath
 
 END = "<|endoftext|>"
 REPO = "<|repo_name|>"
@@ -67,7 +67,7 @@ class Tokenizer:
             raise CodeflowError(f"{where} has no {END} token, which ends every document")
 
     @classmethod
-    def from_file(cls, path: Path) -> Tokenizer:
+    def from_file(cls, path: AnyPath) -> Tokenizer:
         """Read a tokenizer.json.
 
         Raises:

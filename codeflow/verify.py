@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from codeflow.dataset import Dataset
 from codeflow.exec import Limits, Unit, make_executor
+from codeflow.storage import absolute, sha256_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def verify(dataset: Dataset, workers: int, executor: str = "local") -> Verificat
     markers = [m for m in dataset.all_markers() if m.status == "done"]
     for file in (f for m in markers for f in m.files):
         files += 1
-        found = _sha256(dataset.root / file.path)
+        found = sha256_of(dataset.root / file.path)
         if found != file.sha256:
             what = "is missing" if found is None else "has changed since it was written"
             problems.append(f"{file.path} {what}")
@@ -49,7 +48,7 @@ def verify(dataset: Dataset, workers: int, executor: str = "local") -> Verificat
             inputs: dict[str, list[str]] = {}
             for file in marker.files:
                 inputs.setdefault(file.table, []).append(file.path)
-            args = {"root": str(dataset.root.resolve()), "unit": marker.unit, "inputs": inputs}
+            args = {"root": absolute(dataset.root), "unit": marker.unit, "inputs": inputs}
             weight = sum(f.bytes for f in marker.files)
             func = "codeflow.mine.replay:verify_repository"
             units.append(Unit(marker.unit, func, args, weight))
@@ -76,18 +75,10 @@ def _check_shards(dataset: Dataset) -> list[str]:
         manifest = json.loads((folder / "manifest.json").read_text())
         expected = {s["file"]: s["sha256"] for s in manifest["shards"]}
         expected[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         return [f"shards/manifest.json cannot be used: {e!r}"]
     return [
         f"shards/{name} is missing or not what shards/manifest.json says"
         for name, sha256 in expected.items()
-        if _sha256(folder / name) != sha256
+        if sha256_of(folder / name) != sha256
     ]
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError:
-        return None

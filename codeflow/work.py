@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from codeflow.dataset import DataFile, Dataset, Marker, sync_folder
+from codeflow.dataset import DataFile, Dataset, Marker
 from codeflow.errors import DatasetError
 from codeflow.recipe import recipe_from_mapping
+from codeflow.storage import AnyPath, ObjectPath, parse_root, relative_name, writing
 from codeflow.tables import TABLES, Table
 
 Counts = dict[str, int]
@@ -32,17 +32,17 @@ class Work:
     """One unit at work.
 
     Attributes:
-        root: The dataset folder.
+        root: The dataset.
         unit: The unit's name: a repository's id, or `all`.
         fingerprint: Identity of what is being computed; part of every file name.
         inputs: Committed input files by table, absolute, in unit order.
         facts: JSON-able values the plan passes in; a stage may add its own for later steps.
     """
 
-    root: Path
+    root: AnyPath
     unit: str
     fingerprint: str
-    inputs: Mapping[str, Sequence[Path]]
+    inputs: Mapping[str, Sequence[AnyPath]]
     facts: dict[str, Any] = field(default_factory=dict)
     written: list[DataFile] = field(default_factory=list)
 
@@ -68,43 +68,30 @@ class Work:
     def write_batches(self, table: Table, stem: str, batches: Iterable[pa.RecordBatch]) -> DataFile:
         """Write record batches as one Parquet file named `<stem>.<fingerprint>.parquet`."""
         path = self.root / f"{stem}.{self.fingerprint[:12]}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         rows = 0
-        try:
+        with writing(path) as temporary:
             with pq.ParquetWriter(temporary, table.schema, **parquet_options(table)) as writer:
                 for batch in batches:
                     rows += batch.num_rows
                     writer.write_batch(batch, row_group_size=table.row_group_rows)
-            record = self._publish(temporary, path, table.name, rows)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            record = self._record(temporary, path, table.name, rows)
         self.written.append(record)
         return record
 
     def write_file(self, kind: str, stem: str, suffix: str, data: bytes) -> DataFile:
         """Write a file that is no table, named `<stem>.<fingerprint><suffix>`."""
         path = self.root / f"{stem}.{self.fingerprint[:12]}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        try:
+        with writing(path) as temporary:
             temporary.write_bytes(data)
-            record = self._publish(temporary, path, kind, 1)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            record = self._record(temporary, path, kind, 1)
         self.written.append(record)
         return record
 
-    def _publish(self, temporary: Path, path: Path, table: str, rows: int) -> DataFile:
-        with open(temporary, "r+b") as f:
+    def _record(self, temporary: Path, path: AnyPath, table: str, rows: int) -> DataFile:
+        with open(temporary, "rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-            os.fsync(f.fileno())
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-        return DataFile(table, path.relative_to(self.root).as_posix(), rows, size, sha256)
+        name = relative_name(path, self.root)
+        return DataFile(table, name, rows, temporary.stat().st_size, sha256)
 
 
 def parquet_options(table: Table) -> dict[str, Any]:
@@ -125,7 +112,7 @@ def parquet_options(table: Table) -> dict[str, Any]:
     }
 
 
-def read_files(paths: Sequence[Path], table: str, columns: list[str] | None = None) -> pa.Table:
+def read_files(paths: Sequence[AnyPath], table: str, columns: list[str] | None = None) -> pa.Table:
     """Concatenate Parquet files of one table, verifying page checksums.
 
     Raises:
@@ -141,13 +128,14 @@ def read_files(paths: Sequence[Path], table: str, columns: list[str] | None = No
     return pa.concat_tables(parts)
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _open_parquet(path: AnyPath) -> pq.ParquetFile:
     with _blaming(path):
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        source = path.open_input() if isinstance(path, ObjectPath) else path
+        return pq.ParquetFile(source, page_checksum_verification=True)
 
 
 @contextlib.contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def _blaming(path: AnyPath) -> Iterator[None]:
     """Turn what Arrow says about a damaged file into an error that names the file."""
     try:
         yield
@@ -169,7 +157,7 @@ def run_unit(args: dict[str, Any]) -> dict[str, Any]:
     """
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    root = Path(args["root"])
+    root = parse_root(args["root"])
     inputs = {table: [root / p for p in paths] for table, paths in args["inputs"].items()}
     work = Work(root, args["unit"], args["fingerprint"], inputs, dict(args["facts"]))
     module, _, name = args["run"].partition(":")

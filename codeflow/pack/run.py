@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from codeflow import __version__
-from codeflow.dataset import DataFile, write_atomically
+from codeflow.dataset import DataFile
 from codeflow.pack.bestfit import best_fit_decreasing
 from codeflow.recipe import PackSettings, Recipe
+from codeflow.storage import write_atomically
 from codeflow.tables import Table, shard_table
 from codeflow.tokenizer import Tokenizer
 from codeflow.work import Counts, Work
