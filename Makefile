@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench setup clean
+.PHONY: help demo test lint bench setup tools clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -14,21 +14,23 @@ help: ## list these targets
 demo: setup ## from nothing: build shards from real history and train a small model on them
 	@$(BIN)/python examples/demo.py
 
-test: setup lint ## from nothing: lint, types, and all tests
+test: tools lint ## from nothing: lint, types, and all tests
 	$(BIN)/python -m pytest -q --durations=10
 
-lint: setup ## ruff (lint and format) and mypy
+lint: tools ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: setup ## every performance claim, ours against the peer in one run; REPOS="a.git b.git"
-	@$(PIP) -e '.[bench]'
+	@$(PIP) -e '.[bench,datasketch]'
 	$(BIN)/python bench/mining.py $(REPOS)
 	$(BIN)/python bench/dedup_minhash.py
 	$(if $(REPOS),$(BIN)/python bench/real_repositories.py $(REPOS))
 
 setup: $(VENV)/.installed
+
+tools: $(VENV)/.tools
 
 # pip must never choose torch by itself: on Linux it would bring gigabytes of CUDA libraries. Where
 # pip's own sources hold no CPU build, uv is asked, which knows where PyTorch publishes them.
@@ -36,11 +38,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v git >/dev/null || { echo "codeflow needs the git command"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "codeflow needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@echo "installing torch (CPU build) and what constraints.txt pins; a few minutes the first time"
 	@$(PIP) torch 2>/dev/null || { $(PIP) uv && \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu torch==2.13.0; } || \
 		{ echo "no CPU build of torch 2.13.0 found: install one into $(VENV) by hand (README)"; exit 1; }
+	@$(PIP) -e '.[train]'
+	@touch $@
+
+# Ray and a local object store, for their tests, make this the larger part.
+$(VENV)/.tools: $(VENV)/.installed
+	@echo "installing the tools of the tests"
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
