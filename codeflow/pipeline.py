@@ -1,9 +1,10 @@
 """The story: which steps run, in which order, on which units, and what is skipped and why.
 
-    fetch ─ mine ─┬─ sign ── cluster ─┐
-                  └─ score ───────────┴─ decide ─ tokenizer ─ compose ─ pack
+    fetch ─ families ─ survey ─ mine ─┬─ sign ── cluster ─┐
+                                      └─ score ───────────┴─ decide ─ tokenizer ─ compose ─ pack
 
-A step has one unit per repository, or one for the whole dataset. A unit's fingerprint is a hash of
+A step has one unit per repository, one per slice of a repository's mainline, or one for the whole
+dataset. A unit's fingerprint is a hash of
 the contents of its inputs, of the settings the step uses, and of the step's version; a marker with
 that fingerprint means done. Everything else follows: a finished build has nothing to do, a changed
 setting redoes the steps that use it and those whose input it changes, a killed run goes on where it
@@ -39,8 +40,10 @@ class Step:
         name: Also the name of its marker folder.
         stage: The command a user types to come as far as this step.
         run: The unit function, `module:function`.
-        scope: `repo` has a unit per repository, `dataset` has one unit, `all`.
-        needs: Steps whose files it reads; a repository's unit reads that repository's only.
+        scope: `repo` has a unit per repository, `slice` one per slice that `survey` found (named
+            `<repository>.<number>`), `dataset` has one unit, `all`.
+        needs: Steps whose files and facts it reads; a repository's unit reads its own only. Of a
+            dataset-wide step it gets the facts kept under its name in `by_repo`.
         settings: Recipe sections or keys that its output depends on.
         files: Settings that name a file; its content counts as a setting, too.
         version: Raise it when the same inputs and settings give other bytes than before.
@@ -49,7 +52,7 @@ class Step:
     name: str
     stage: str
     run: str
-    scope: Literal["repo", "dataset"]
+    scope: Literal["repo", "slice", "dataset"]
     needs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -58,7 +61,16 @@ class Step:
 
 STEPS = (
     Step("fetch", "mine", "codeflow.mine.fetch:run", "repo"),
-    Step("mine", "mine", "codeflow.mine.run:run", "repo", ("fetch",), ("mine",)),
+    Step(
+        "families", "mine", "codeflow.mine.families:run", "dataset",
+        ("fetch",), ("mine.collapse_forks",),
+    ),
+    Step(
+        "survey", "mine", "codeflow.mine.survey:run", "repo", ("fetch", "families"),
+        ("mine.lifecycle", "mine.window_from", "mine.window_to", "mine.min_commits",
+         "mine.slice_commits", "mine.max_blob_bytes"),
+    ),
+    Step("mine", "mine", "codeflow.mine.run:run", "slice", ("fetch", "survey"), ("mine",)),
     Step("sign", "dedup", "codeflow.dedup.sign:run", "repo", ("mine",), ("dedup.min_shingles",)),
     Step("cluster", "dedup", "codeflow.dedup.cluster:run", "dataset", ("mine", "sign"), ("dedup",)),
     Step("score", "filter", "codeflow.filter.score:run", "repo", ("mine",)),
@@ -72,10 +84,10 @@ STEPS = (
     ),
     Step(
         "compose", "compose", "codeflow.compose.run:run", "repo",
-        ("mine", "decide", "tokenizer"), ("compose", "pack.length"),
+        ("survey", "mine", "decide", "tokenizer"), ("compose", "pack.length"),
     ),
     Step(
-        "pack", "pack", "codeflow.pack.run:run", "dataset", ("mine", "tokenizer", "compose"),
+        "pack", "pack", "codeflow.pack.run:run", "dataset", ("survey", "tokenizer", "compose"),
         # Its manifest vouches for the whole recipe by hash.
         ("name", "mine", "dedup", "filter", "tokenizer", "compose", "pack"),
     ),
@@ -193,7 +205,8 @@ def plan(
     result: dict[str, tuple[int, int]] = {}
     pending: set[str] = set()
     for step in STEPS:
-        units = [s["repo_id"] for s in listed] if step.scope == "repo" else [ALL]
+        # One slice a repository until the survey says more.
+        units = [ALL] if step.scope == "dataset" else [s["repo_id"] for s in listed]
         if not exists or pending & set(step.needs):
             result[step.name] = (len(units), 0)
         else:
@@ -229,39 +242,68 @@ def _plan_step(
     A repository without a finished upstream unit has no unit here: its absence is what the
     dataset-wide steps see, too.
     """
-    by_name = {s.name: s for s in STEPS}
     settings = recipe.part(step.settings) | _file_hashes(recipe, step)
-    units = sources if step.scope == "repo" else [{"repo_id": ALL}]
-    upstream: dict[str, dict[str, Marker]] = {}
-    order = [s["repo_id"] for s in sources]
-    for need in step.needs:
-        found = {m.unit: m for m in dataset.markers(need) if m.status == "done"}
-        names = order if by_name[need].scope == "repo" else [ALL]
-        upstream[need] = {name: found[name] for name in names if name in found}
+    upstream = {need: _by_repository(dataset, need, sources) for need in step.needs}
     planned = []
-    for source in units:
-        unit = source["repo_id"]
-        facts = {k: v for k, v in source.items() if k != "repo_id"}
+    for repo in [s["repo_id"] for s in sources] if step.scope != "dataset" else [ALL]:
+        found = {need: _visible(markers, repo) for need, markers in upstream.items()}
+        if step.scope != "dataset" and not all(found.values()):
+            continue
         inputs: dict[str, list[str]] = {}
         identity: list[Any] = []
+        facts: dict[str, Any] = {}
         weight = 0
-        complete = True
-        for need in step.needs:
-            single = by_name[need].scope == "repo" and step.scope == "repo"
-            names = [unit] if single else sorted(upstream[need])
-            complete &= not single or unit in upstream[need]
-            for marker in (upstream[need][n] for n in names if n in upstream[need]):
+        for need, markers in found.items():
+            for marker in markers:
+                told = _facts_for(repo, marker)
                 contents = sorted((f.table, f.sha256) for f in marker.files)
-                identity.append([need, marker.unit, contents, marker.facts])
-                if single:
-                    facts |= marker.facts
+                identity.append([need, marker.unit, contents, told])
+                if step.scope != "dataset":
+                    facts |= told
+                elif told:
+                    facts.setdefault("repos", {}).setdefault(marker.unit, {}).update(told)
                 for file in marker.files:
                     inputs.setdefault(file.table, []).append(file.path)
                     weight += file.bytes
-        if complete:
-            what = [step.name, step.version, settings, facts if not step.needs else {}, identity]
-            planned.append(_Planned(unit, digest(what), inputs, facts, weight))
+        if step.scope != "dataset":
+            own = next(s for s in sources if s["repo_id"] == repo)
+            facts = own | facts
+        what = [step.name, step.version, settings, facts if not step.needs else {}, identity]
+        if step.scope != "slice":
+            planned.append(_Planned(repo, digest(what), inputs, facts, weight))
+            continue
+        for number, (start, stop) in enumerate(facts["slices"]):
+            one = facts | {"slice": [start, stop]}
+            fingerprint = digest([*what, [start, stop]])
+            planned.append(_Planned(f"{repo}.{number:04d}", fingerprint, inputs, one, stop - start))
     return planned
+
+
+def _by_repository(
+    dataset: Dataset, step_name: str, sources: list[dict[str, Any]]
+) -> dict[str, list[Marker]]:
+    """Finished units of a step by repository (`all` for a dataset-wide one), in source order."""
+    step = next(s for s in STEPS if s.name == step_name)
+    names = [s["repo_id"] for s in sources] if step.scope != "dataset" else [ALL]
+    result: dict[str, list[Marker]] = {name: [] for name in names}
+    for marker in dataset.markers(step_name):
+        repo = marker.unit.rpartition(".")[0] if step.scope == "slice" else marker.unit
+        if marker.status == "done" and repo in result:
+            result[repo].append(marker)
+    return result
+
+
+def _visible(markers: dict[str, list[Marker]], repo: str) -> list[Marker]:
+    """What a unit of `repo` reads of a step: its own, the dataset-wide one; `all` reads all."""
+    if repo == ALL:
+        return [m for own in markers.values() for m in own]
+    return markers.get(ALL, markers.get(repo, []))
+
+
+def _facts_for(repo: str, marker: Marker) -> dict[str, Any]:
+    if marker.unit == ALL:
+        return dict(marker.facts.get("by_repo", {}).get(repo, {}))
+    return marker.facts
 
 
 def _file_hashes(recipe: Recipe, step: Step) -> dict[str, str]:
@@ -300,6 +342,7 @@ class _Runner:
         self.ran = 0
         self.skipped = 0
         self.quarantined: list[Marker] = []
+        self.totals: Counter[str] = Counter()
 
     def run(self, step: Step) -> None:
         planned = {p.unit: p for p in _plan_step(self.dataset, self.recipe, self.sources, step)}
@@ -324,6 +367,7 @@ class _Runner:
                 self.quarantined.append(marker)
         if todo:
             self.progress.step_ended(step.name, dict(counts))
+        self.totals += counts
         self._check(step, counts)
 
     def _execute(self, step: Step, todo: list[_Planned]) -> None:
@@ -346,8 +390,9 @@ class _Runner:
             )
             for p in todo
         ]
-        fingerprints = {p.unit: p.fingerprint for p in todo}
+        by_unit = {p.unit: p for p in todo}
         for outcome in self.execute(units):
+            planned = by_unit[outcome.unit_id]
             self.ran += 1
             self.dataset.journal(
                 time=round(time.time(), 3),
@@ -365,24 +410,21 @@ class _Runner:
                     f"{outcome.unit_id}): free some and run the same command again; "
                     "finished units are kept"
                 )
-            marker = self.dataset.marker(step.name, outcome.unit_id)
-            if outcome.status == "done" and (
-                marker is None or marker.fingerprint != fingerprints[outcome.unit_id]
-            ):
-                raise DatasetError(
-                    f"{step.name} of {outcome.unit_id} is done, but {self.dataset.root} does not "
-                    "show it: the machine that ran it has another folder under this name. Every "
-                    "node must see the dataset on a file system that all of them share"
-                )
             if outcome.status != "done":
                 self.dataset.commit(
                     Marker(
                         step.name,
                         outcome.unit_id,
-                        fingerprints[outcome.unit_id],
+                        planned.fingerprint,
                         status="quarantined",
                         reason=f"{outcome.status}: {outcome.reason}",
                     )
+                )
+            elif not _is_done(self.dataset.marker(step.name, outcome.unit_id), planned):
+                raise DatasetError(
+                    f"{step.name} of {outcome.unit_id} is done, but {self.dataset.root} does not "
+                    "show it: the machine that ran it has another folder under this name. Every "
+                    "node must see the dataset on a file system that all of them share"
                 )
             self.progress.unit_ended(outcome)
 
@@ -394,18 +436,21 @@ class _Runner:
                 f"{step.name} failed: {failed[0].reason}\n"
                 "(run again with --failed once the cause is gone)"
             )
-        if step.name in ("fetch", "mine") and len(self.quarantined) == len(self.sources):
-            reasons = "\n".join(f"  {m.unit}: {m.reason}" for m in self.quarantined)
+        if step.name in ("fetch", "survey") and len(self.quarantined) == len(self.sources):
+            places = {source["repo_id"]: source["location"] for source in self.sources}
+            reasons = "\n".join(f"  {places[m.unit]}: {m.reason}" for m in self.quarantined)
             raise CodeflowError(
                 f"no repository could be mined:\n{reasons}\n"
                 "(run again with --failed once the cause is gone)"
             )
+        if step.name == "mine" and failed and not counts["triples"]:
+            reasons = "\n".join(f"  {m.unit}: {m.reason}" for m in failed)
+            raise CodeflowError(f"no triple was found, because mining failed:\n{reasons}")
         if step.name == "mine" and not counts["triples"]:
-            skipped = ", ".join(f"{k}: {v}" for k, v in sorted(counts.items()) if v)
+            skipped = ", ".join(f"{k} {v}" for k, v in sorted(self.totals.items()) if v)
             raise CodeflowError(
-                f"no triple was found ({skipped or 'nothing to mine'}): the histories are too "
-                "short for this recipe; add repositories, or lower mine.min_commits or "
-                "mine.min_lines with --set"
+                f"no triple was found ({skipped}): the histories are too short for this recipe; "
+                "add repositories, or lower mine.min_commits or mine.min_lines with --set"
             )
         if step.name == "decide" and not counts["kept"]:
             reasons = ", ".join(

@@ -29,6 +29,26 @@ class MineSettings:
         0.80, "end of the maturity window, as a fraction of the mainline by commit count",
         minimum=0, maximum=1, source="IQuest-Coder-V1 report: 40-80 % of a project's life",
     )  # fmt: skip
+    lifecycle: str = setting(
+        "commits",
+        "what the window's fractions measure: mainline commits, time, or churn (changed lines)",
+        choices=("commits", "time", "churn"),
+        source="measured: by time, express's window would be 42 commits of 3,888",
+    )
+    collapse_forks: bool = setting(
+        True, "of repositories that share their root commit, mine one and list the rest"
+    )
+    slice_commits: int = setting(
+        2000, "mainline steps mined as one unit; giants are cut into several", unit="commits",
+        minimum=2,
+    )  # fmt: skip
+    policy: str = setting(
+        "band",
+        "where triples end: `band` (size band below), `commit` (each step), `count` (every "
+        "max_commits steps), `release` (tags), `pull_request` (merges and steps naming one)",
+        choices=("band", "commit", "count", "release", "pull_request"),
+        source="measured: the band's patch sizes alone do not depend on the repository",
+    )
     min_commits: int = setting(
         100, "repositories with a shorter mainline are skipped", unit="commits", minimum=1,
         source="Seed-Coder: at least 100 commits",

@@ -63,10 +63,12 @@ REPOS = Table(
         Column("mainline_commits", pa.int32(), "length of the first-parent chain", "commits"),
         Column("window_from", pa.int32(), f"first position of the maturity window; {POSITION}"),
         Column("window_to", pa.int32(), f"position after the window's last commit; {POSITION}"),
-        Column("window_commits", pa.int32(), "commits of the window, side branches included"),
-        Column("triples", pa.int32(), "triples cut from the window", "triples"),
+        Column("root", pa.string(), f"oldest mainline commit; {GIT_ID}"),
+        Column(
+            "leader", pa.string(), "repository of its fork family that is mined; itself if alone"
+        ),
         Column("license", pa.string(), "SPDX id read from the tree at the window's end", "", True),
-        Column("status", pa.string(), "mined, or the reason class why it was not"),
+        Column("status", pa.string(), "mined, or why not: too_short, fork"),
         Column("reason", pa.string(), "one sentence for a person when status is not `mined`"),
     ),
 )
@@ -102,13 +104,18 @@ TRIPLES = Table(
     (
         Column("triple_id", pa.string(), "hash of repository, old and new commit, 16 hex digits"),
         Column("repo_id", pa.string(), "repository"),
-        Column("sequence", pa.int32(), "order of the triple in its repository, 0 = oldest"),
+        Column(
+            "flow", pa.string(), "first triple of its chain: inside one, R_new is the next R_old"
+        ),
+        Column("sequence", pa.int32(), "order in its repository: the position of R_old"),
         Column("old_commit", pa.string(), f"R_old; {GIT_ID}"),
         Column("new_commit", pa.string(), f"R_new; {GIT_ID}"),
         Column("old_tree", pa.string(), f"root tree of R_old; {GIT_ID}"),
         Column("new_tree", pa.string(), f"root tree of R_new; {GIT_ID}"),
         Column("old_position", pa.int32(), f"position of R_old; {POSITION}"),
         Column("new_position", pa.int32(), f"position of R_new; {POSITION}"),
+        Column("commit_percentile", pa.float32(), "R_new's place in the mainline's commits, 0-1"),
+        Column("time_percentile", pa.float32(), "R_new's place in the mainline's time span, 0-1"),
         Column("n_commits", pa.int32(), "mainline steps from R_old to R_new", "commits"),
         Column("stop_reason", pa.string(), "why the endpoint search stopped where it did"),
         Column("lines_added", pa.int32(), "added lines of the net patch", "lines"),

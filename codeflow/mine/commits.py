@@ -74,8 +74,8 @@ class Commit:
         return digest.hexdigest()
 
 
-def parse_commit(commit: str, raw: bytes) -> Commit:
-    """Parse a raw commit object.
+def parse_commit(commit: str, raw: bytes, *, message: bool = True) -> Commit:
+    """Parse a raw commit object; without its message, where a million are held at once.
 
     Raises:
         ValueError: It names no tree: not a commit git itself would read.
@@ -95,9 +95,9 @@ def parse_commit(commit: str, raw: bytes) -> Commit:
     if not re.fullmatch(r"[0-9a-f]{40}", tree):
         raise ValueError(f"commit {commit} names no tree")
     identity, time, offset = _parse_identity(author)
-    message, lossy = _decode(body, encoding)
+    text, lossy = _decode(body, encoding) if message else ("", False)
     return Commit(
-        commit, tree, tuple(parents), identity, time, offset, message, body if lossy else None
+        commit, tree, tuple(parents), identity, time, offset, text, body if lossy else None
     )
 
 

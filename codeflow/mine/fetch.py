@@ -14,18 +14,25 @@ from pathlib import Path
 
 from codeflow.dataset import clones_folder
 from codeflow.errors import RepositoryError
+from codeflow.mine.history import read_mainline
+from codeflow.mine.objects import Objects
 from codeflow.mine.refs import GitDir, find_git_dir, pinned_head
 from codeflow.recipe import Recipe
 from codeflow.work import Counts, Work
 
 
 def run(work: Work, recipe: Recipe) -> Counts:
-    """Leave `git_dir` (`clones/…` for clones) and `head` in the unit's facts."""
+    """Leave in the unit's facts: `git_dir` (`clones/…` for clones), `head`, `root`,
+    `mainline_commits`.
+    """
     if work.facts["kind"] == "path":
         work.facts["git_dir"] = work.facts["location"]
     else:
         work.facts["git_dir"] = f"clones/{work.unit}.git"
-    work.facts["head"] = pinned_head(repository(work, recipe))
+    git = repository(work, recipe)
+    work.facts["head"] = pinned_head(git)
+    chain = read_mainline(Objects(git.objects, recipe.mine.max_blob_bytes), work.facts["head"])
+    work.facts |= {"root": chain[0].id, "mainline_commits": len(chain)}
     return {}
 
 

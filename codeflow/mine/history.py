@@ -6,10 +6,14 @@ of work, a merge being the whole branch. Dates are never used for order: they li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from codeflow.mine.commits import Commit
+from codeflow.errors import RepositoryError
+from codeflow.mine.commits import Commit, parse_commit
+from codeflow.mine.objects import Objects
 
 ReadCommit = Callable[[str], Commit]
 
@@ -37,9 +41,46 @@ def mainline(read: ReadCommit, head: str) -> list[Commit]:
     return chain
 
 
-def maturity_window(length: int, start: float, stop: float) -> Window:
-    """The part of a mainline of `length` commits between two fractions, by commit count."""
-    return Window(int(length * start), max(int(length * stop), int(length * start)))
+def read_mainline(objects: Objects, head: str) -> list[Commit]:
+    """The mainline without its messages, oldest first: a million commits fit into memory.
+
+    Raises:
+        RepositoryError: `corrupt`.
+    """
+    try:
+        return mainline(lambda c: parse_commit(c, objects.commit(c), message=False), head)
+    except (KeyError, ValueError, OSError) as e:
+        raise RepositoryError("corrupt", f"cannot read the history of HEAD: {e}") from e
+
+
+def maturity_window(
+    length: int, start: float, stop: float, progress: Sequence[float] | None = None
+) -> Window:
+    """The part of a mainline of `length` commits between two fractions of its life.
+
+    Args:
+        length: Commits of the mainline.
+        start: First fraction, 0-1.
+        stop: Last fraction, 0-1.
+        progress: Share of its life each commit stands at, where life is not counted in commits.
+            It need not be monotone: a commit is past a fraction when any before it was.
+    """
+    if progress is None:
+        return Window(int(length * start), max(int(length * stop), int(length * start)))
+    passed = list(itertools.accumulate(progress, max))
+    first, last = bisect.bisect_left(passed, start), bisect.bisect_right(passed, stop)
+    return Window(first, max(first, last))
+
+
+def slices(window: Window, size: int) -> list[Window]:
+    """Cut a window into pieces of at most `size` steps that share their end states.
+
+    A slice holds the positions of both its ends, and no triple reaches past them, so slices can be
+    mined in any order and place. None when the window has fewer than two states.
+    """
+    last = window.stop - 1
+    starts = range(window.start, last, size)
+    return [Window(a, min(a + size, last) + 1) for a in starts]
 
 
 def steps(read: ReadCommit, chain: list[Commit], window: Window) -> list[list[Commit]]:
@@ -54,7 +95,7 @@ def steps(read: ReadCommit, chain: list[Commit], window: Window) -> list[list[Co
         _reachable(read, chain[window.start - 1], seen)
     result = []
     for position in range(window.start, window.stop):
-        commit = chain[position]
+        commit = read(chain[position].id)  # the chain may be without messages
         seen.add(commit.id)
         brought = []
         for parent in commit.parents[1:]:

@@ -93,6 +93,12 @@ class Objects:
         """File content."""
         return self._checked(blob, b"blob")
 
+    def peeled(self, name: str) -> str:
+        """The commit a tag object leads to; the id itself where it is no tag."""
+        with _reading():
+            found = self._repository[name]
+            return str(found.peel(pygit2.Commit).id if isinstance(found, pygit2.Tag) else found.id)
+
     def blob_info(self, blob: str, mode: int) -> BlobInfo:
         """Kind and size; reads the content once, and only when it is small enough to be text."""
         if mode == GITLINK:

@@ -107,3 +107,28 @@ def _read(path: Path) -> str:
 
 def _not_a_repository(path: Path) -> RepositoryError:
     return RepositoryError("not_a_repository", f"{path} is not a git repository")
+
+
+def tags(git: GitDir) -> dict[str, str]:
+    """Tag name to object id, from loose and packed refs.
+
+    Packed annotated tags are peeled where git recorded their commit; loose ones may still name the
+    tag object, which the caller peels.
+    """
+    found: dict[str, str] = {}
+    packed = git.common_dir / "packed-refs"
+    name = ""
+    for line in _read(packed).splitlines() if packed.is_file() else []:
+        value, _, ref = line.partition(" ")
+        if line.startswith("^") and name:
+            found[name] = line[1:].strip()
+        elif ref.startswith("refs/tags/") and _SHA1.match(value):
+            name = ref.removeprefix("refs/tags/")
+            found[name] = value
+        else:
+            name = ""
+    folder = git.common_dir / "refs" / "tags"
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if path.is_file() and _SHA1.match(value := _read(path).strip()):
+            found[path.relative_to(folder).as_posix()] = value
+    return found

@@ -1,7 +1,8 @@
-"""Unit `mine`: one repository to its triples and everything needed to rebuild their states."""
+"""Unit `mine`: a slice of a repository to its triples and all that rebuilds their states."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,15 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from codeflow.errors import RepositoryError
 from codeflow.mine.commits import Commit, parse_commit
 from codeflow.mine.fetch import repository
-from codeflow.mine.flow import Flow
-from codeflow.mine.history import Window, mainline, maturity_window, steps
-from codeflow.mine.license import is_license_file, license_of
-from codeflow.mine.merkle import parse_tree
-from codeflow.mine.objects import TREE, CorruptObject, Objects
+from codeflow.mine.flow import Flow, State
+from codeflow.mine.history import Window, read_mainline, steps
+from codeflow.mine.objects import CorruptObject, Objects
+from codeflow.mine.refs import GitDir, tags
 from codeflow.mine.snapshot import Snapshot
+from codeflow.mine.survey import time_progress
 from codeflow.mine.triple import NetChange, Unprovable, net_change, prove, triple_id
 from codeflow.paths import is_test, language_of
 from codeflow.recipe import MineSettings, Recipe
@@ -39,90 +39,89 @@ class Triple:
 
 
 def run(work: Work, recipe: Recipe) -> Counts:
-    """Mine one repository into repos, commits, triples, changes, blobs and trees.
+    """Mine one slice into commits, triples, changes, blobs and trees.
 
-    Facts in: `kind`, `location`, `name`, and `git_dir`, `head` as the unit `fetch` left them.
+    Facts in: those of the source, of `fetch` and of `survey`; `repo_id` and `slice`, its first
+    position and the one after its last.
 
     Raises:
         RepositoryError: The history cannot be read at all. Damage in a part of it costs that part.
     """
-    settings = recipe.mine
+    settings, facts = recipe.mine, work.facts
     git = repository(work, recipe)
     objects = Objects(git.objects, settings.max_blob_bytes)
+    chain = read_mainline(objects, facts["head"])
+    window = Window(*facts["slice"])
 
     def read(commit: str) -> Commit:
         return parse_commit(commit, objects.commit(commit))
 
-    try:
-        chain = mainline(read, work.facts["head"])
-    except (KeyError, ValueError, OSError) as e:
-        raise RepositoryError("corrupt", f"cannot read the history of HEAD: {e}") from e
-    window = maturity_window(len(chain), settings.window_from, settings.window_to)
-    if len(chain) < settings.min_commits:
-        reason = f"{len(chain)} mainline commits, mine.min_commits is {settings.min_commits}"
-        _write_empty(work, len(chain), window, "too_short", reason)
-        return {"skipped_too_short": 1, "mainline_commits": len(chain)}
-
-    brought = steps(read, chain, window)
-    triples, dropped = find_triples(objects, chain, window, settings)
+    # A slice's first state is the last one of the slice before, which has its commit.
+    first = window.start + (window.start > facts["window_start"])
+    brought = steps(read, chain, Window(first, window.stop))
+    tagged = _tagged(git, objects) if settings.policy == "release" else set()
+    released = {i for i, step in enumerate(brought, first) if any(c.id in tagged for c in step)}
+    states = [_state(read(chain[i].id), i in released) for i in range(window.start, window.stop)]
+    triples, dropped = find_triples(objects, Flow(objects, states, settings), window.start)
     triples, snapshot, damaged = _snapshot(objects, chain, triples)
     dropped["unreadable"] += damaged
-    spdx = _license(objects, chain[window.stop - 1].tree) if window.stop > window.start else None
 
-    _write_commits(work, settings, window, brought)
-    _write_triples(work, chain, triples, spdx)
+    _write_commits(work, settings, first, brought)
+    _write_triples(work, chain, triples)
     _write_changes(work, chain, triples)
     work.write(
         "trees",
         {
-            "repo_id": [work.unit] * len(snapshot.trees),
+            "repo_id": [facts["repo_id"]] * len(snapshot.trees),
             "tree": list(snapshot.trees),
             "data": list(snapshot.trees.values()),
         },
     )
     work.write_batches(BLOBS, f"tables/blobs/{work.unit}", _blobs(work, objects, snapshot))
-    n_commits = sum(map(len, brought))
-    _write_repo(work, len(chain), window, n_commits, len(triples), spdx, "mined", "")
     return {
-        "mainline_commits": len(chain),
-        "window_commits": n_commits,
+        "window_commits": sum(map(len, brought)),
         "triples": len(triples),
+        **{f"ends_{t}": n for t, n in sorted(Counter(t.stop_reason for t in triples).items())},
         **{f"rejected_{reason}": n for reason, n in sorted(dropped.items()) if n},
     }
 
 
-def find_triples(
-    objects: Objects, chain: list[Commit], window: Window, settings: MineSettings
-) -> tuple[list[Triple], Counter[str]]:
-    """Non-overlapping triples along the window, oldest first, and why candidates were rejected.
+def find_triples(objects: Objects, flow: Flow, offset: int) -> tuple[list[Triple], Counter[str]]:
+    """Non-overlapping triples along a flow, oldest first, and why candidates were rejected.
 
     R_old of the next triple is R_new of the one before; where no endpoint is found, the search
     moves on by one commit.
+
+    Args:
+        offset: Mainline position of the flow's first state.
     """
-    flow = Flow(objects, [c.tree for c in chain[window.start : window.stop]], settings)
     triples: list[Triple] = []
     rejected: Counter[str] = Counter()
     start = 0
-    while start < len(flow.trees) - 1:
-        found = _first_proven(objects, flow, start, settings, rejected)
+    while start < len(flow.states) - 1:
+        found = _first_proven(objects, flow, start, rejected)
         if found is None:
             start += 1
             continue
         end, stop_reason, change = found
-        triples.append(Triple(window.start + start, window.start + end, stop_reason, change))
+        triples.append(Triple(offset + start, offset + end, stop_reason, change))
         start = end
     return triples, rejected
 
 
 def _first_proven(
-    objects: Objects, flow: Flow, start: int, settings: MineSettings, rejected: Counter[str]
+    objects: Objects, flow: Flow, start: int, rejected: Counter[str]
 ) -> tuple[int, str, NetChange] | None:
+    settings = flow.settings
+    # With renames found, a change can be smaller than the band's search counted.
+    least, most = 1, sys.maxsize
+    if settings.policy == "band":
+        least, most = settings.min_lines, settings.max_lines
     try:
         for endpoint in flow.endpoints(start):
-            old, new = flow.trees[start], flow.trees[endpoint.index]
+            old, new = flow.states[start].tree, flow.states[endpoint.index].tree
             change = net_change(objects, old, new, settings)
-            # With renames found, the change can be smaller than the search counted.
-            if not settings.min_lines <= change.lines <= settings.max_lines:
+            if not least <= change.lines <= most:
                 continue
             try:
                 prove(objects, old, new, change)
@@ -133,6 +132,21 @@ def _first_proven(
     except (KeyError, CorruptObject):  # a missing or damaged object ends this search, not the run
         rejected["unreadable"] += 1
     return None
+
+
+def _state(commit: Commit, is_tagged: bool) -> State:
+    return State(commit.tree, len(commit.parents) > 1, bool(commit.pull_requests), is_tagged)
+
+
+def _tagged(git: GitDir, objects: Objects) -> set[str]:
+    """Commits that a tag points at, annotated tags followed to their commit."""
+    found = set()
+    for target in tags(git).values():
+        try:
+            found.add(objects.peeled(target))
+        except (KeyError, CorruptObject):
+            continue
+    return found
 
 
 def _snapshot(
@@ -151,18 +165,6 @@ def _snapshot(
     return readable, snapshot, len(triples) - len(readable)
 
 
-def _license(objects: Objects, root: str) -> str | None:
-    try:
-        for name, mode, entry in parse_tree(objects.tree(root)):
-            if mode != TREE and is_license_file(name):
-                spdx = license_of(objects.blob(entry))
-                if spdx is not None:
-                    return spdx
-    except (KeyError, ValueError):
-        return None
-    return None
-
-
 def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.RecordBatch]:
     """Blob rows in batches bounded by rows and bytes; contents are read as they are written."""
     rows: list[dict[str, Any]] = []
@@ -178,7 +180,7 @@ def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.Reco
         path = first.path
         rows.append(
             {
-                "repo_id": work.unit,
+                "repo_id": work.facts["repo_id"],
                 "blob": blob,
                 "path": path,
                 "kind": kind,
@@ -195,17 +197,15 @@ def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.Reco
 
 
 def _write_commits(
-    work: Work, settings: MineSettings, window: Window, brought: list[list[Commit]]
+    work: Work, settings: MineSettings, first: int, brought: list[list[Commit]]
 ) -> None:
     rows = [
-        (window.start + i, commit is step[-1], commit)
-        for i, step in enumerate(brought)
-        for commit in step
+        (first + i, commit is step[-1], commit) for i, step in enumerate(brought) for commit in step
     ]
     work.write(
         "commits",
         {
-            "repo_id": [work.unit] * len(rows),
+            "repo_id": [work.facts["repo_id"]] * len(rows),
             "commit": [c.id for _, _, c in rows],
             "parents": [list(c.parents) for _, _, c in rows],
             "tree": [c.tree for _, _, c in rows],
@@ -225,33 +225,45 @@ def _write_commits(
     )
 
 
-def _write_triples(
-    work: Work, chain: list[Commit], triples: list[Triple], spdx: str | None
-) -> None:
+def _write_triples(work: Work, chain: list[Commit], triples: list[Triple]) -> None:
+    ids = [_id(work, chain, t) for t in triples]
+    times = [time_progress(chain[t.new].author_time, chain) for t in triples]
     changes = [t.change for t in triples]
     work.write(
         "triples",
         {
-            "triple_id": [_id(work, chain, t) for t in triples],
-            "repo_id": [work.unit] * len(triples),
-            "sequence": list(range(len(triples))),
+            "triple_id": ids,
+            "repo_id": [work.facts["repo_id"]] * len(triples),
+            "flow": _flows(ids, triples),
+            "sequence": [t.old for t in triples],
             "old_commit": [chain[t.old].id for t in triples],
             "new_commit": [chain[t.new].id for t in triples],
             "old_tree": [chain[t.old].tree for t in triples],
             "new_tree": [chain[t.new].tree for t in triples],
             "old_position": [t.old for t in triples],
             "new_position": [t.new for t in triples],
+            "commit_percentile": [t.new / (len(chain) - 1) for t in triples],
+            "time_percentile": times,
             "n_commits": [t.new - t.old for t in triples],
             "stop_reason": [t.stop_reason for t in triples],
             "lines_added": [sum(f.lines_added for f in c.files) for c in changes],
             "lines_deleted": [sum(f.lines_deleted for f in c.files) for c in changes],
             "n_files": [c.n_files for c in changes],
-            "license": [spdx] * len(triples),
+            "license": [work.facts["license"]] * len(triples),
             "has_tests": [c.has_tests for c in changes],
             "patch_complete": [c.complete for c in changes],
             "patch": [c.patch for c in changes],
         },
     )
+
+
+def _flows(ids: list[str], triples: list[Triple]) -> list[str]:
+    """The first triple of the contiguous chain that each triple is in."""
+    flows: list[str] = []
+    for i, triple in enumerate(triples):
+        goes_on = i > 0 and triples[i - 1].new == triple.old
+        flows.append(flows[-1] if goes_on else ids[i])
+    return flows
 
 
 def _write_changes(work: Work, chain: list[Commit], triples: list[Triple]) -> None:
@@ -277,32 +289,5 @@ def _write_changes(work: Work, chain: list[Commit], triples: list[Triple]) -> No
     )
 
 
-def _write_repo(
-    work: Work, length: int, window: Window, n_commits: int, n_triples: int,
-    spdx: str | None, status: str, reason: str,
-) -> None:  # fmt: skip
-    work.write(
-        "repos",
-        {
-            "repo_id": [work.unit],
-            "name": [work.facts["name"]],
-            "source": [work.facts["location"]],
-            "head": [work.facts["head"]],
-            "mainline_commits": [length],
-            "window_from": [window.start],
-            "window_to": [window.stop],
-            "window_commits": [n_commits],
-            "triples": [n_triples],
-            "license": [spdx],
-            "status": [status],
-            "reason": [reason],
-        },
-    )
-
-
-def _write_empty(work: Work, length: int, window: Window, status: str, reason: str) -> None:
-    _write_repo(work, length, window, 0, 0, None, status, reason)
-
-
 def _id(work: Work, chain: list[Commit], triple: Triple) -> str:
-    return triple_id(work.unit, chain[triple.old].id, chain[triple.new].id)
+    return triple_id(work.facts["repo_id"], chain[triple.old].id, chain[triple.new].id)

@@ -133,7 +133,9 @@ def make_progress(quiet: bool) -> LineProgress | QuietProgress:
 
 _HEADLINES = {
     "mine": ("window_commits", "triples"),
-    "cluster": ("duplicates", "clusters"),
+    "families": ("forks",),
+    "survey": ("mined", "mainline_commits"),
+    "cluster": ("clusters", "dropped"),
     "decide": ("kept",),
     "tokenizer": ("vocab_size",),
     "compose": ("documents", "document_tokens"),

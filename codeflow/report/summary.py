@@ -64,8 +64,8 @@ def summarize(dataset: Dataset, recipe: Recipe) -> Summary:
         done.add(marker.step)
         counts[marker.step].update(marker.counts)
         size += sum(f.bytes for f in marker.files)
-    mine, decide, compose, pack = (counts[s] for s in ("mine", "decide", "compose", "pack"))
-    skipped = _with_prefix(mine, "skipped_")
+    survey, mine, decide = counts["survey"], counts["mine"], counts["decide"]
+    compose, pack = counts["compose"], counts["pack"]
     listed = len(dataset.stored_sources() or [])
     capacity = pack["capacity"]
     return Summary(
@@ -73,11 +73,10 @@ def summarize(dataset: Dataset, recipe: Recipe) -> Summary:
         recipe=recipe.name,
         recipe_hash=recipe.hash,
         repositories=listed,
-        mined=len([m for m in dataset.markers("mine") if m.status == "done"])
-        - sum(skipped.values()),
-        skipped=skipped,
+        mined=survey["mined"],
+        skipped=_with_prefix(survey, "skipped_"),
         failed=failed,
-        mainline_commits=mine["mainline_commits"],
+        mainline_commits=survey["mainline_commits"],
         commits=mine["window_commits"],
         triples=mine["triples"],
         kept=decide["kept"],

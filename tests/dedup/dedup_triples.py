@@ -109,6 +109,7 @@ def write_table(root: Path, table: str, unit: str, rows: Iterable[dict[str, Any]
 _FILLERS: dict[str, Any] = {
     "string": "",
     "int8": 0,
+    "float": 0.0,
     "int32": 0,
     "int64": 0,
     "bool": False,

@@ -180,16 +180,18 @@ def test_a_build_in_json_from_dry_run_to_nothing_to_do(
     arguments = ["build", "--repos", listed, "--out", tmp_path / "data", *OVERRIDES]
     before = listing(tmp_path)
     planned = json.loads(codeflow(*arguments, "--dry-run", "--json").stdout)
-    assert planned == {s.name: {"to_run": 2 if s.scope == "repo" else 1, "done": 0} for s in STEPS}
+    assert planned == {
+        s.name: {"to_run": 1 if s.scope == "dataset" else 2, "done": 0} for s in STEPS
+    }
     assert "to run" in codeflow(*arguments, "--dry-run").stdout
     assert listing(tmp_path) == before
     done = codeflow(*arguments, "--json", "--workers", "2")
     summary = json.loads(done.stdout)
     assert done.stderr == ""
-    assert (summary["units_run"], summary["units_skipped"], summary["mined"]) == (15, 0, 2)
+    assert (summary["units_run"], summary["units_skipped"], summary["mined"]) == (18, 0, 2)
     assert summary["rows"] > 0
     done = codeflow(*arguments, "--limit", "2")
-    assert "nothing to do: all 15 units are up to date" in done.stderr
+    assert "nothing to do: all 18 units are up to date" in done.stderr
     assert "2 mined of 2" in done.stdout
     assert codeflow("verify", tmp_path / "data").stdout.endswith(" 0 problems\n")
     result = json.loads(codeflow("verify", tmp_path / "data", "--json").stdout)

@@ -33,7 +33,7 @@ def test_a_broken_repository_is_quarantined_reported_and_tried_again_on_demand(
     overrides = [a for o in SMALL for a in ("--set", o)]
     arguments = ["build", "--repos", listed, "--out", tmp_path / "data", *overrides]
     first = codeflow(*arguments, expect=3)
-    assert "failed: mine broken-" in first.stdout
+    assert "failed: fetch broken-" in first.stdout
     assert "1 units failed" in first.stderr
     assert "--failed" in first.stderr
     stored = fingerprint(tmp_path / "data")
@@ -50,7 +50,7 @@ def test_a_broken_repository_is_quarantined_reported_and_tried_again_on_demand(
 
 def test_nothing_to_mine_stops_with_all_reasons(broken: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CodeflowError, match=r"(?s)no repository could be mined:.*broken-.*--failed"
+        CodeflowError, match=r"(?s)no repository could be mined:.*broken\.git: .*--failed"
     ):
         run_build(tmp_path / "data", [broken])
 

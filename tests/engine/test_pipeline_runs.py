@@ -30,7 +30,7 @@ from codeflow.recipe import Recipe
 Repositories = tuple[Path, Path, Path]
 LOCAL = RunOptions(executor="local", workers=2)
 ALL_STEPS = [step.name for step in STEPS]
-PER_REPOSITORY = [step.name for step in STEPS if step.scope == "repo"]
+PER_REPOSITORY = [step.name for step in STEPS if step.scope != "dataset"]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_second_build_runs_nothing_and_changes_nothing(
     before = fingerprint(data)
     times = {p: p.stat().st_mtime_ns for p in data.rglob("*") if p.name not in (".lock", "data")}
     result, seen = run_build(data, repositories[:2])
-    assert (result.ran, result.skipped, result.exit_code, seen.ran) == (0, 15, 0, [])
+    assert (result.ran, result.skipped, result.exit_code, seen.ran) == (0, 18, 0, [])
     assert fingerprint(data) == before
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
@@ -70,7 +70,7 @@ def test_a_build_with_nothing_to_do_imports_nothing_heavy(
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
-    assert "nothing to do: all 15 units" in done.stderr
+    assert "nothing to do: all 18 units" in done.stderr
     loaded = set(done.stdout.splitlines()[-1].split())
     assert not loaded & HEAVY
 
@@ -81,11 +81,12 @@ def test_a_build_with_nothing_to_do_imports_nothing_heavy(
         ("filter.min_message_words=4", "decide", ["fetch", "mine", "sign", "cluster", "score"]),
         ("dedup.threshold=0.8", "cluster", ["fetch", "mine", "sign", "score"]),
         ("dedup.min_shingles=11", "sign", ["fetch", "mine", "score"]),
-        ("mine.max_lines=300", "mine", ["fetch"]),
-        ("pack.length=8192", "compose", ALL_STEPS[:7]),
-        ("pack.group_tokens=8192", "pack", ALL_STEPS[:8]),
-        ("tokenizer.vocab_size=1000", "tokenizer", ALL_STEPS[:6]),
-        ("compose.max_messages=1", "compose", ALL_STEPS[:7]),
+        ("mine.max_lines=300", "mine", ["fetch", "families", "survey"]),
+        ("mine.min_commits=21", "survey", ["fetch", "families"]),
+        ("pack.length=8192", "compose", ALL_STEPS[:9]),
+        ("pack.group_tokens=8192", "pack", ALL_STEPS[:10]),
+        ("tokenizer.vocab_size=1000", "tokenizer", ALL_STEPS[:8]),
+        ("compose.max_messages=1", "compose", ALL_STEPS[:9]),
     ],
 )
 def test_a_changed_setting_redoes_what_uses_it(
@@ -120,7 +121,9 @@ def test_an_added_repository_runs_its_own_units_and_the_common_ones(
     others = {s for s, unit in seen.ran if unit.startswith(("ledger-", "stockroom-"))}
     # `decide` needs the common clusters, `compose` the common vocabulary.
     assert others <= {"decide", "compose"}
-    assert {s for s, unit in seen.ran if unit == "all"} == {"cluster", "tokenizer", "pack"}
+    assert {s for s, unit in seen.ran if unit == "all"} == {
+        "families", "cluster", "tokenizer", "pack",
+    }  # fmt: skip
 
 
 def test_a_removed_repository_leaves_nothing_behind(
@@ -184,7 +187,9 @@ def test_an_unknown_stage_and_a_missing_dataset_are_refused(tmp_path: Path) -> N
 
 
 def test_a_plan_tells_what_will_run_and_writes_nothing(data: Path) -> None:
-    assert plan(data, recipe(), None) == {s.name: (0, 2 if s.scope == "repo" else 1) for s in STEPS}
+    assert plan(data, recipe(), None) == {
+        s.name: (0, 1 if s.scope == "dataset" else 2) for s in STEPS
+    }
     before = {p: p.stat().st_mtime_ns for p in data.rglob("*")}
     changed = plan(data, recipe("dedup.threshold=0.8"), None)
     assert [name for name, (todo, _) in changed.items() if todo] == [

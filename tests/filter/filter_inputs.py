@@ -135,6 +135,7 @@ def _filled(table: str, row: dict[str, Any]) -> dict[str, Any]:
         "string": "",
         "int32": 0,
         "int64": 0,
+        "float": 0.0,
         "bool": False,
         "binary": b"",
         "large_binary": b"",

@@ -19,7 +19,6 @@ import pygit2
 
 from codeflow.dataset import Dataset
 from codeflow.mine.objects import EMPTY_TREE, Objects
-from codeflow.mine.refs import find_git_dir, pinned_head
 from codeflow.recipe import MineSettings
 from codeflow.work import read_files, run_unit
 
@@ -133,23 +132,23 @@ class Repo:
 
 
 class Mined:
-    """A dataset with one mined repository."""
+    """A dataset with one mined repository, in one slice."""
 
-    def __init__(self, root: Path, unit: str = "repo") -> None:
+    def __init__(self, root: Path) -> None:
         self.dataset = Dataset.open(root)
-        self.unit = unit
-        marker = self.dataset.marker("mine", unit)
-        assert marker is not None
-        self.marker = marker
+        survey = self.dataset.marker("survey", "repo")
+        assert survey is not None
+        self.survey = survey
+        self.unit = "repo.0000"
+        self.marker = self.dataset.marker("mine", self.unit) or survey
 
     @property
     def counts(self) -> dict[str, int]:
-        return self.marker.counts
+        return self.survey.counts | self.marker.counts
 
     def table(self, name: str) -> pa.Table:
-        return read_files(
-            [self.dataset.root / f.path for f in self.marker.files if f.table == name], name
-        )
+        files = {*self.survey.files, *self.marker.files}
+        return read_files([self.dataset.root / f.path for f in files if f.table == name], name)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.table(name).to_pylist()
@@ -160,27 +159,39 @@ class Mined:
 
 
 def mine(source: Path, root: Path, **settings: Any) -> Mined:
-    """Run the unit `mine` on a local repository, as an executor would."""
-    Dataset.create(root)
-    facts = {
+    """Run the units of a local repository as far as `mine`, as an executor would."""
+    dataset = Dataset.create(root)
+    fingerprint = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    facts: dict[str, Any] = {
+        "repo_id": "repo",
         "kind": "path",
-        "git_dir": str(source),
-        "head": pinned_head(find_git_dir(source)),
         "location": str(source),
         "name": source.name,
+        "leader": "repo",
     }
-    run_unit(
-        {
-            "root": str(root),
-            "step": "mine",
-            "unit": "repo",
-            "fingerprint": hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest(),
-            "run": "codeflow.mine.run:run",
-            "inputs": {},
-            "facts": facts,
-            "recipe": {"mine": settings},
-        }
-    )
+
+    def run(step: str, unit: str) -> None:
+        run_unit(
+            {
+                "root": str(root),
+                "step": step,
+                "unit": unit,
+                "fingerprint": fingerprint,
+                "run": f"codeflow.mine.{'run' if step == 'mine' else step}:run",
+                "inputs": {},
+                "facts": facts,
+                "recipe": {"mine": settings},
+            }
+        )
+        marker = dataset.marker(step, unit)
+        assert marker is not None
+        facts.update(marker.facts)
+
+    run("fetch", "repo")
+    run("survey", "repo")
+    for found in facts["slices"]:
+        facts["slice"] = found
+        run("mine", "repo.0000")
     return Mined(root)
 
 

@@ -67,7 +67,7 @@ def test_undamaged_data_proves_itself_without_its_repository(mined: Mined) -> No
     found = check(mined)
     assert found.problems == ()
     assert (found.triples, found.proven, found.complete) == (4, 4, 3)
-    assert found.files == len(mined.marker.files)
+    assert found.files == len({*mined.survey.files, *mined.marker.files})
 
 
 def test_bytes_flipped_in_any_file_are_found(mined: Mined) -> None:
@@ -180,7 +180,7 @@ def test_a_damaged_page_fails_its_repository_and_not_the_run(mined: Mined) -> No
     path.write_bytes(flipped(data, end - 5))
     found = verify(Dataset.open(mined.dataset.root), workers=1, executor="inline")
     assert found.triples == 0
-    assert any(p.startswith("repo: failed") for p in found.problems)
+    assert any(p.startswith("repo.0000: failed") for p in found.problems)
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{}", b"[]", b'{"shards": null, "tokenizer": null}'])
