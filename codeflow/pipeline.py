@@ -71,11 +71,11 @@ STEPS = (
          "mine.slice_commits", "mine.max_blob_bytes"),
     ),
     Step("mine", "mine", "codeflow.mine.run:run", "slice", ("fetch", "survey"), ("mine",)),
-    Step("sign", "dedup", "codeflow.dedup.sign:run", "repo", ("mine",), ("dedup.min_shingles",)),
+    Step("sign", "dedup", "codeflow.dedup.sign:run", "slice", ("mine",), ("dedup.min_shingles",)),
     Step("cluster", "dedup", "codeflow.dedup.cluster:run", "dataset", ("mine", "sign"), ("dedup",)),
-    Step("score", "filter", "codeflow.filter.score:run", "repo", ("mine",)),
+    Step("score", "filter", "codeflow.filter.score:run", "slice", ("mine",)),
     Step(
-        "decide", "filter", "codeflow.filter.decide:run", "repo",
+        "decide", "filter", "codeflow.filter.decide:run", "slice",
         ("mine", "score", "cluster"), ("filter",),
     ),
     Step(
@@ -83,7 +83,7 @@ STEPS = (
         ("mine", "decide"), ("tokenizer",), ("tokenizer.path",),
     ),
     Step(
-        "compose", "compose", "codeflow.compose.run:run", "repo",
+        "compose", "compose", "codeflow.compose.run:run", "slice",
         ("survey", "mine", "decide", "tokenizer"), ("compose", "pack.length"),
     ),
     Step(
@@ -243,40 +243,59 @@ def _plan_step(
     dataset-wide steps see, too.
     """
     settings = recipe.part(step.settings) | _file_hashes(recipe, step)
+    base = [step.name, step.version, settings]
     upstream = {need: _by_repository(dataset, need, sources) for need in step.needs}
+    if step.scope == "dataset":
+        return [
+            _planned(ALL, base, {}, [m for n in upstream.values() for ms in n.values() for m in ms])
+        ]
     planned = []
-    for repo in [s["repo_id"] for s in sources] if step.scope != "dataset" else [ALL]:
-        found = {need: _visible(markers, repo) for need, markers in upstream.items()}
-        if step.scope != "dataset" and not all(found.values()):
+    for source in sources:
+        repo = source["repo_id"]
+        found = {need: units.get(ALL, units.get(repo, [])) for need, units in upstream.items()}
+        if not all(found.values()):
             continue
-        inputs: dict[str, list[str]] = {}
-        identity: list[Any] = []
-        facts: dict[str, Any] = {}
-        weight = 0
-        for need, markers in found.items():
-            for marker in markers:
-                told = _facts_for(repo, marker)
-                contents = sorted((f.table, f.sha256) for f in marker.files)
-                identity.append([need, marker.unit, contents, told])
-                if step.scope != "dataset":
-                    facts |= told
-                elif told:
-                    facts.setdefault("repos", {}).setdefault(marker.unit, {}).update(told)
-                for file in marker.files:
-                    inputs.setdefault(file.table, []).append(file.path)
-                    weight += file.bytes
-        if step.scope != "dataset":
-            own = next(s for s in sources if s["repo_id"] == repo)
-            facts = own | facts
-        what = [step.name, step.version, settings, facts if not step.needs else {}, identity]
-        if step.scope != "slice":
-            planned.append(_Planned(repo, digest(what), inputs, facts, weight))
-            continue
-        for number, (start, stop) in enumerate(facts["slices"]):
-            one = facts | {"slice": [start, stop]}
-            fingerprint = digest([*what, [start, stop]])
-            planned.append(_Planned(f"{repo}.{number:04d}", fingerprint, inputs, one, stop - start))
+        markers = [m for ms in found.values() for m in ms]
+        if step.scope == "repo":
+            planned.append(_planned(repo, base, source, markers))
+        elif step.name == "mine":
+            slices = next(m.facts["slices"] for m in markers if m.step == "survey")
+            for number, bounds in enumerate(slices):
+                facts = source | {"slice": bounds}
+                planned.append(_planned(f"{repo}.{number:04d}", [*base, bounds], facts, markers))
+        else:  # a slice of what `mine` made of it
+            sliced = [m for m in markers if "." in m.unit.removeprefix(repo)]
+            for unit in [m.unit for m in found["mine"]]:
+                own = [m for m in markers if m not in sliced or m.unit == unit]
+                if {m.step for m in own} == set(step.needs):
+                    planned.append(_planned(unit, base, source, own))
     return planned
+
+
+def _planned(unit: str, base: list[Any], facts: dict[str, Any], markers: list[Marker]) -> _Planned:
+    """One unit: its fingerprint, its input files, and the facts it is told."""
+    repo = facts.get("repo_id", ALL)
+    identity: list[Any] = []
+    inputs: dict[str, list[str]] = {}
+    told: dict[str, Any] = {}
+    weight = 1.0
+    for marker in markers:
+        contents = sorted((f.table, f.sha256) for f in marker.files)
+        known = marker.facts
+        if marker.unit == ALL:
+            known = marker.facts.get("by_repo", {}).get(repo, {})
+        identity.append([marker.step, marker.unit, contents, known])
+        if repo != ALL:
+            told |= known
+        elif known:
+            told.setdefault("repos", {}).setdefault(marker.unit, {}).update(known)
+        for file in marker.files:
+            inputs.setdefault(file.table, []).append(file.path)
+            weight += file.bytes
+    if "slice" in facts:
+        weight = facts["slice"][1] - facts["slice"][0]
+    source = {} if markers else facts  # later steps know the source through the facts of `fetch`
+    return _Planned(unit, digest([*base, source, identity]), inputs, facts | told, weight)
 
 
 def _by_repository(
@@ -291,19 +310,6 @@ def _by_repository(
         if marker.status == "done" and repo in result:
             result[repo].append(marker)
     return result
-
-
-def _visible(markers: dict[str, list[Marker]], repo: str) -> list[Marker]:
-    """What a unit of `repo` reads of a step: its own, the dataset-wide one; `all` reads all."""
-    if repo == ALL:
-        return [m for own in markers.values() for m in own]
-    return markers.get(ALL, markers.get(repo, []))
-
-
-def _facts_for(repo: str, marker: Marker) -> dict[str, Any]:
-    if marker.unit == ALL:
-        return dict(marker.facts.get("by_repo", {}).get(repo, {}))
-    return marker.facts
 
 
 def _file_hashes(recipe: Recipe, step: Step) -> dict[str, str]:
@@ -372,6 +378,8 @@ class _Runner:
 
     def _execute(self, step: Step, todo: list[_Planned]) -> None:
         mapping = to_mapping(self.recipe)
+        # How the pinned head came about is no part of what it is: not in the fingerprint.
+        extra = {"update": True} if step.name == "fetch" and self.options.update else {}
         units = [
             Unit(
                 p.unit,
@@ -383,7 +391,7 @@ class _Runner:
                     "fingerprint": p.fingerprint,
                     "run": step.run,
                     "inputs": p.inputs,
-                    "facts": p.facts,
+                    "facts": p.facts | extra,
                     "recipe": mapping,
                 },
                 p.weight,

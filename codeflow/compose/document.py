@@ -72,26 +72,31 @@ def fit(segments: Sequence[Segment], tokenizer: Tokenizer, budget: int) -> Fitte
     Returns:
         The fitted document, or the tokens its required segments need when that is over the budget.
     """
-    # A token is 3-4 characters on average: context this large cannot fit, so do not encode it.
-    plausible = [not s.optional or len(s.text) <= 32 * budget for s in segments]
-    texts = [s.text if ok else "" for s, ok in zip(segments, plausible, strict=True)]
-    bodies = tokenizer.encode(texts)
-    openers = [_opener(s, tokenizer) for s in segments]
-    lengths = [len(o) + len(b) for o, b in zip(openers, bodies, strict=True)]
-    needed = 1 + sum(n for n, s in zip(lengths, segments, strict=True) if not s.optional)
+    required = [i for i, s in enumerate(segments) if not s.optional]
+    ids: dict[int, list[int]] = {}
+    for i, body in zip(
+        required, tokenizer.encode([segments[i].text for i in required]), strict=True
+    ):
+        ids[i] = [*_opener(segments[i], tokenizer), *body]
+    needed = 1 + sum(map(len, ids.values()))
     if needed > budget:
         return needed
-    chosen = {i for i, s in enumerate(segments) if not s.optional}
     left = budget - needed
-    optional = [i for i, s in enumerate(segments) if s.optional and plausible[i]]
+    optional = [i for i, s in enumerate(segments) if s.optional]
     for i in sorted(optional, key=lambda i: (-segments[i].priority, i)):
-        if lengths[i] <= left:
-            chosen.add(i)
-            left -= lengths[i]
-    result = Fitted(dropped=len(segments) - len(chosen))
-    for i in sorted(chosen):
-        result.segments.append((segments[i], lengths[i]))
-        result.input_ids += openers[i] + bodies[i]
+        # Encoding is the dearest thing here. Code has 3-4 characters a token; what would need
+        # more than 8 to fit the room that is left is not tried.
+        if len(segments[i].text) > 8 * left:
+            continue
+        (body,) = tokenizer.encode([segments[i].text])
+        encoded = [*_opener(segments[i], tokenizer), *body]
+        if len(encoded) <= left:
+            ids[i] = encoded
+            left -= len(encoded)
+    result = Fitted(dropped=len(segments) - len(ids))
+    for i in sorted(ids):
+        result.segments.append((segments[i], len(ids[i])))
+        result.input_ids += ids[i]
     end = tokenizer.control_id(END)
     assert end is not None
     result.input_ids.append(end)

@@ -138,6 +138,9 @@ class Objects:
                     patch = diff[index]
                     if patch is not None:
                         section = patch.data
+                        if delta.old_blob == delta.new_blob:
+                            # Of a moved binary, libgit2 says that it differs; the move is all.
+                            section = section.partition(b"\nBinary files ")[0].rstrip(b"\n") + b"\n"
                         _, added, deleted = patch.line_stats
                 yield delta, section, added, deleted
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -184,3 +186,18 @@ def test_a_symlink_is_text_of_its_target_and_never_followed(tmp_path: Path) -> N
     result = mine(repo.path, tmp_path / "data", **STEP)
     assert {r["data"] for r in result.rows("blobs")} == {b"/etc/passwd", b"/etc/shadow"}
     assert {r["kind"] for r in result.rows("blobs")} == {"symlink"}
+
+
+def test_a_moved_binary_is_a_patch_that_git_applies(tmp_path: Path) -> None:
+    repo = Repo(tmp_path / "r.git")
+    image = b"\x89PNG\0" + bytes(range(256))
+    repo.chain({b"old.png": image, b"a": b"1\n"}, {b"new.png": image, b"a": b"2\n"})
+    (triple,) = mine(repo.path, tmp_path / "data", **STEP).rows("triples")
+    assert triple["patch_complete"]
+    assert b"rename to new.png" in triple["patch"]
+    git = ["git", "-C", str(repo.path)]
+    env = {**os.environ, "GIT_INDEX_FILE": str(tmp_path / "index")}
+    subprocess.run([*git, "read-tree", triple["old_tree"]], env=env, check=True)
+    subprocess.run([*git, "apply", "--cached"], input=triple["patch"], env=env, check=True)
+    done = subprocess.run([*git, "write-tree"], env=env, check=True, capture_output=True)
+    assert done.stdout.decode().strip() == triple["new_tree"]
