@@ -214,24 +214,37 @@ _stage_command(
 
 @cli.command(
     epilog="""\b
-Example:
+Examples:
   codeflow verify data/
+  codeflow verify data/ --sample git:200
 """
 )
 @click.argument("data", type=_DATASET)
+@click.option(
+    "--sample",
+    default="",
+    metavar="git[:N]",
+    help="Also let the git command replay N triples (50), spread over repositories, from "
+    "the stored tables alone.",
+)
 @click.option("--workers", type=click.IntRange(1), default=None, help="Default: number of cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(data: AnyPath, workers: int | None, as_json: bool) -> int:
+def verify(data: AnyPath, sample: str, workers: int | None, as_json: bool) -> int:
     """Prove a dataset: every checksum, and R_old + P = R_new for every triple.
 
     Needs nothing but the dataset. Exits with 1 when anything is wrong.
     """
     import dataclasses
+    import re
 
     from codeflow.dataset import Dataset
     from codeflow.verify import verify as run_verify
 
-    result = run_verify(Dataset.open(data), workers or _cores())
+    match = re.fullmatch(r"git(?::([1-9]\d{0,8}))?", sample)
+    if sample and match is None:
+        raise click.BadParameter(f"`{sample}`: write git or git:100", param_hint="--sample")
+    git_sample = int(match[1] or 50) if match else 0
+    result = run_verify(Dataset.open(data), workers or _cores(), git_sample=git_sample)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:
@@ -245,6 +258,8 @@ def verify(data: AnyPath, workers: int | None, as_json: bool) -> int:
             f"{result.complete:,} by their patch alone; {result.files:,} files checked, "
             f"{len(result.problems):,} problems"
         )
+        if git_sample:
+            click.echo(f"git itself: {result.git_agreed:,} of {result.git_checked:,} triples")
     return 1 if result.problems else 0
 
 
@@ -439,7 +454,7 @@ def _print_plan(root: AnyPath, recipe: Recipe, sources: Any, until: str, as_json
 def _headline(recipe: Recipe, repositories: int, run: RunOptions) -> str:
     how = {
         "inline": "inline",
-        "ray": f"ray, {run.address or 'default address'}",
+        "ray": f"ray at {run.address}" if run.address else "ray",
     }.get(run.executor, f"{run.executor}, {run.workers} workers")
     plural = "repository" if repositories == 1 else "repositories"
     return (

@@ -12,8 +12,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -92,7 +94,7 @@ def parse_root(text: str | Path) -> AnyPath:
     """The place a user names with `--out`: a folder, or a URI of an object store.
 
     Raises:
-        DatasetError: A scheme that is not supported, or no bucket.
+        DatasetError: A scheme that is not supported, no bucket, or an empty part in the prefix.
     """
     scheme, separator, rest = str(text).partition("://")
     if isinstance(text, Path) or not separator:
@@ -101,6 +103,8 @@ def parse_root(text: str | Path) -> AnyPath:
         raise DatasetError(f"`{text}`: datasets live in a folder or under s3://, not {scheme}://")
     if not rest.partition("/")[0]:
         raise DatasetError(f"`{text}` names no bucket: write s3://bucket/prefix")
+    if "//" in rest.rstrip("/"):
+        raise DatasetError(f"`{text}` has an empty part between two slashes: remove one of them")
     return ObjectPath(str(text))
 
 
@@ -117,10 +121,17 @@ def absolute(root: AnyPath) -> str:
 
 
 def sha256_of(path: AnyPath) -> str | None:
-    """Checksum of a file, None when there is none or it cannot be read."""
+    """Checksum of a file, None when there is none or the disk cannot read it.
+
+    Raises:
+        DatasetError: The object store does not answer, which says nothing about the file.
+    """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") if isinstance(path, Path) else path.open_input() as source:
+        with (
+            _explained(path),
+            open(path, "rb") if isinstance(path, Path) else path.open_input() as source,
+        ):
             while chunk := source.read(_COPY_BYTES):
                 digest.update(chunk)
     except OSError:
@@ -154,7 +165,7 @@ def writing(path: AnyPath) -> Iterator[Path]:
     """
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
         try:
             yield temporary
             with open(temporary, "r+b") as f:
@@ -168,19 +179,32 @@ def writing(path: AnyPath) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="codeflow-") as folder:
         temporary = Path(folder) / path.name
         yield temporary
-        with (
-            _explained(path),
-            open(temporary, "rb") as source,
-            _filesystem().open_output_stream(path.key) as target,
-        ):
-            while chunk := source.read(_COPY_BYTES):
-                target.write(chunk)
+        _upload(temporary, path)
 
 
 def write_atomically(path: AnyPath, data: bytes) -> None:
     """Write a small file, whole or not at all, durably."""
     with writing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def _upload(source: Path, target: ObjectPath) -> None:
+    """Copy a local file into the store, whole or not at all.
+
+    Arrow completes an upload when its stream is closed, for whatever reason: an exception between
+    two writes would publish half an object. So there is one write, and it is made in a thread,
+    where no Ctrl-C arrives. (`pyarrow.fs.copy_files` does not report a part that failed.)
+    """
+    import pyarrow as pa
+
+    def send() -> None:
+        with pa.memory_map(str(source)) as mapped:
+            content = mapped.read_buffer()
+            with _filesystem().open_output_stream(target.key) as stream:
+                stream.write(content)
+
+    with _explained(target), ThreadPoolExecutor(1) as pool:
+        pool.submit(send).result()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -196,11 +220,15 @@ def _sync_folder(folder: Path) -> None:
 def _filesystem() -> FileSystem:
     """The S3 client of this process; credentials, region and endpoint come from AWS_* variables.
 
-    Time-outs are longer and retries more than Arrow's defaults, which give up on a busy store.
+    Time-outs are longer and retries more than Arrow's defaults, which give up on a busy store. Ten
+    attempts, each after twice the wait of the one before, take about 100 s when nobody answers.
     """
     from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
     options: dict[str, Any] = {}
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS", "10")
+    if not attempts.isdecimal() or int(attempts) < 1:
+        raise DatasetError(f"AWS_MAX_ATTEMPTS must be a whole number from 1, not `{attempts}`")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         parts = urlsplit(endpoint)
@@ -209,19 +237,19 @@ def _filesystem() -> FileSystem:
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
         request_timeout=60,
         connect_timeout=10,
-        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=10),
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=int(attempts)),
         **options,
     )
 
 
 @contextlib.contextmanager
-def _explained(path: ObjectPath) -> Iterator[None]:
+def _explained(path: AnyPath) -> Iterator[None]:
     """Turn the store's refusals into a sentence; a missing object stays FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as e:
+        if isinstance(path, Path) or isinstance(e, FileNotFoundError):
+            raise
         raise DatasetError(
             f"{path}: {e} (credentials, region and endpoint come from AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)"

@@ -68,6 +68,7 @@ REPOS = Table(
             "leader", pa.string(), "repository of its fork family that is mined; itself if alone"
         ),
         Column("license", pa.string(), "SPDX id read from the tree at the window's end", "", True),
+        Column("permissive", pa.bool_(), "the licence asks for attribution at most"),
         Column("status", pa.string(), "mined, or why not: too_short, fork"),
         Column("reason", pa.string(), "one sentence for a person when status is not `mined`"),
     ),
@@ -122,6 +123,7 @@ TRIPLES = Table(
         Column("lines_deleted", pa.int32(), "deleted lines of the net patch", "lines"),
         Column("n_files", pa.int32(), "changed files of the net patch", "files"),
         Column("license", pa.string(), "SPDX id at the window's end", "", True),
+        Column("permissive", pa.bool_(), "the licence asks for attribution at most"),
         Column("has_tests", pa.bool_(), "the patch touches code and tests"),
         Column(
             "patch_complete", pa.bool_(), "patch alone turns R_old into R_new (no binary left out)"

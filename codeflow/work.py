@@ -140,9 +140,10 @@ def _blaming(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as e:
-        raise DatasetError(
-            f"{path} cannot be read ({e}): delete it and its marker, then run the build again"
-        ) from e
+        advice = "delete it and its marker, then run the build again"
+        if isinstance(path, ObjectPath):
+            advice = "run the command again; if it stays so, delete the object and its marker"
+        raise DatasetError(f"{path} cannot be read ({e}): {advice}") from e
 
 
 def run_unit(args: dict[str, Any]) -> dict[str, Any]:

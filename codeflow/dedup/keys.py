@@ -12,19 +12,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from codeflow.licenses import license_rank as license_rank
+
 _FILE = re.compile(rb"^diff --git ", re.MULTILINE)
 _CHANGED = re.compile(rb"^[+-].*", re.MULTILINE)
 _SIGN = {b"+": b"zzadd ", b"-": b"zzdel "}
-
-PERMISSIVE, UNKNOWN, COPYLEFT = 0, 1, 2
-_PERMISSIVE_IDS = (
-    "0BSD AFL-3.0 Apache-1.1 Apache-2.0 Artistic-2.0 BlueOak-1.0.0 BSD-1-Clause BSD-2-Clause "
-    "BSD-2-Clause-Patent BSD-3-Clause BSD-3-Clause-Clear BSD-4-Clause BSL-1.0 CC-BY-4.0 "
-    "CC0-1.0 ECL-2.0 ISC MIT MIT-0 MulanPSL-2.0 NCSA PostgreSQL PSF-2.0 Python-2.0 Unlicense "
-    "UPL-1.0 W3C WTFPL X11 Zlib"
-)
-_PERMISSIVE = frozenset(_PERMISSIVE_IDS.split())
-_COPYLEFT = re.compile(r"(?:AGPL|CC-BY(?:-NC)?-SA|CDDL|CECILL|EPL|EUPL|L?GPL|MPL|MS-RL|OSL|SSPL)-")
 
 
 class BlobChange(NamedTuple):
@@ -82,13 +74,6 @@ def change_key(files: Iterable[Sequence[bytes]], otherwise: bytes) -> bytes:
     folded = (b"\n".join(_folded(lines)) for lines in files)
     records = [record for record in folded if record]
     return _key(records) if records else _key([b"\0" + otherwise])
-
-
-def license_rank(spdx: str | None) -> int:
-    """0 for a permissive licence, 2 for a copyleft one, 1 for none or one not listed here."""
-    if spdx in _PERMISSIVE:
-        return PERMISSIVE
-    return COPYLEFT if spdx and _COPYLEFT.match(spdx) else UNKNOWN
 
 
 def _folded(lines: Iterable[bytes]) -> Iterable[bytes]:

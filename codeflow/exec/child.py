@@ -1,14 +1,16 @@
 """The process a unit runs in: reads one JSON request a line, answers one JSON reply a line.
 
-Started by `isolate.Child` as `python -m codeflow.exec.child MEMORY_BYTES`. It serves units one
-after another, because importing Arrow and libgit2 costs more than most units; its parent replaces
-it as soon as one unit ends badly. If the parent dies, it ends itself and everything it started.
+Started by `isolate.Child` as `python -m codeflow.exec.child MEMORY_BYTES LIFELINE`, the latter a
+pipe whose other end is the parent's. It serves units one after another, because importing Arrow and
+libgit2 costs more than most units; its parent replaces it as soon as one unit ends badly. If the
+parent dies, it and everything it started end at once.
 """
 
 from __future__ import annotations
 
 import errno
 import faulthandler
+import fcntl
 import importlib
 import json
 import os
@@ -87,7 +89,23 @@ def _follow_parent(requests: BinaryIO, inbox: queue.Queue[bytes]) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def _end_with_parent(lifeline: int) -> None:
+    """Have the kernel kill this process group when the other end of a pipe is closed.
+
+    `_follow_parent` cannot do so while a unit holds the interpreter lock in native code: it is a
+    thread. The kernel signals the owner of a pipe opened with O_ASYNC when the last writer is gone
+    (fcntl(2), F_SETOWN and F_SETSIG). Linux only: elsewhere such a unit ends 30 s after its limit.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
 def main() -> None:
+    os.set_inheritable(int(sys.argv[2]), False)
+    _end_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     memory = int(sys.argv[1])
     _, most = resource.getrlimit(resource.RLIMIT_DATA)  # only root may raise it
@@ -103,7 +121,8 @@ def main() -> None:
     while True:
         request = json.loads(inbox.get())
         _reset_peak_rss()
-        # The parent enforces the limit; this also ends a hang that outlives the parent.
+        # The parent enforces the limit; this also ends a hang that outlives it where the kernel
+        # does not (see `_end_with_parent`).
         faulthandler.dump_traceback_later(request["seconds"] + 30, exit=True)
         reply = call(request["func"], request["args"])
         faulthandler.cancel_dump_traceback_later()

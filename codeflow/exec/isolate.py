@@ -38,8 +38,14 @@ class Child:
         path = os.pathsep.join(p for p in (_PACKAGE_PARENT, os.environ.get("PYTHONPATH")) if p)
         env = os.environ | _ONE_THREAD
         env |= {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+        # Arrow's other pools reserve memory that they may never use, and the limit counts it.
+        env.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+        # Nothing is ever written to it: it only tells the child when this process is gone.
+        lifeline, held = os.pipe()
+        self._lifeline: IO[bytes] = os.fdopen(held, "wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "codeflow.exec.child", str(limits.memory)],
+            [sys.executable, "-m", "codeflow.exec.child", str(limits.memory), str(lifeline)],
+            pass_fds=(lifeline,),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -47,6 +53,7 @@ class Child:
             bufsize=0,
             start_new_session=True,  # so that killing the group also ends a `git clone` of its
         )
+        os.close(lifeline)
         self._reply = bytearray()
         self._errors_before = 0
 
@@ -111,7 +118,7 @@ class Child:
 
     def close(self) -> None:
         self.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
+        for stream in (self._process.stdin, self._process.stdout, self._errors, self._lifeline):
             assert stream is not None
             stream.close()
 

@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Limits:
-    """Granted to each unit. Only `local` enforces them.
+    """Granted to each unit. `local` and `ray` enforce them, `inline` does not.
 
     Attributes:
         seconds: Wall time, after which the unit's process group is killed.

@@ -1,4 +1,4 @@
-"""Who made a file: a person, a tool, or somebody else's project. And under which licence.
+"""Who made a file: a person, a tool, or somebody else's project.
 
 Rules read the path and, for text, the first lines. They follow the classes of GitHub Linguist
 (vendored, generated, minified, lock file), restated as data below. One deliberate difference:
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import re
+
+from codeflow.licenses import is_permissive as is_permissive
 
 #: A component of the path that says: copied from elsewhere.
 _VENDORED_FOLDERS = frozenset(
@@ -47,13 +49,6 @@ _MINIFIED_LANGUAGES = frozenset({"CSS", "JavaScript"})
 _MINIFIED_MEAN_LINE = 110  # bytes; Linguist's limit
 _HEADER_BYTES = 8192
 
-#: SPDX ids that ask for little more than attribution.
-PERMISSIVE = frozenset(
-    "0BSD Apache-2.0 Artistic-2.0 BlueOak-1.0.0 BSD-1-Clause BSD-2-Clause BSD-2-Clause-Patent"
-    " BSD-3-Clause BSD-3-Clause-Clear BSL-1.0 CC0-1.0 ISC MIT MIT-0 NCSA PostgreSQL PSF-2.0"
-    " Python-2.0 Ruby Unicode-3.0 Unlicense UPL-1.0 WTFPL X11 Zlib".lower().split()
-)
-
 
 @functools.lru_cache(maxsize=65536)
 def path_provenance(path: bytes) -> str:
@@ -85,15 +80,3 @@ def is_generated(data: bytes, language: str) -> bool:
     if language in _MINIFIED_LANGUAGES:
         return len(data) / (data.count(b"\n") + 1) > _MINIFIED_MEAN_LINE
     return False
-
-
-def is_permissive(license: str | None) -> bool:
-    """Does an SPDX expression offer a permissive choice? Unknown is not permissive.
-
-    One alternative of `OR` suffices, every part of `AND` must do; exceptions (`WITH`) only permit.
-    """
-    words = re.sub(r"[()]|\sWITH\s+\S+", " ", license or "", flags=re.IGNORECASE)
-    return any(
-        all(part.strip().lower() in PERMISSIVE for part in re.split(r"(?i)\sAND\s", choice))
-        for choice in re.split(r"(?i)\sOR\s", words)
-    )

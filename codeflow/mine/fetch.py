@@ -1,24 +1,27 @@
 """Unit `fetch`: bring a source onto this machine and pin its head.
 
-Remote repositories are cloned bare, one branch, without hooks, configuration, prompts or protocols
-other than https and ssh. Local ones are read where they are and never written to.
+Remote repositories are cloned bare, one branch, and updated in place when asked (`transfer.py` says
+how git is kept in check). Local ones are read where they are and never written to.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 from codeflow.dataset import clones_folder
 from codeflow.errors import RepositoryError
 from codeflow.mine.history import read_mainline
-from codeflow.mine.objects import Objects
+from codeflow.mine.objects import CorruptObject, Objects
 from codeflow.mine.refs import GitDir, find_git_dir, pinned_head
+from codeflow.mine.transfer import GitFailed, Limits, Transfer, holds_password
 from codeflow.recipe import Recipe
 from codeflow.work import Counts, Work
+
+_INCOMING = "refs/codeflow/incoming"
+_SYMREF = re.compile(r"^ref: (refs/heads/\S+)\tHEAD$", re.MULTILINE)
 
 
 def run(work: Work, recipe: Recipe) -> Counts:
@@ -39,80 +42,117 @@ def run(work: Work, recipe: Recipe) -> Counts:
 def repository(work: Work, recipe: Recipe) -> GitDir:
     """The git directory of a unit's repository, cloned where this machine does not have it yet.
 
-    Nodes that share no disk each keep clones of their own.
+    A clone is brought up to date when the fact `update` is true, or when it lacks the commit in the
+    fact `head`: nodes that share no disk each keep clones of their own.
+
+    Raises:
+        RepositoryError: As `new_clone` and `update_clone`; `not_a_repository`.
     """
-    if work.facts["kind"] == "path":
-        return find_git_dir(Path(work.facts["git_dir"]))
-    folder = clones_folder(work.root) / Path(work.facts["git_dir"]).name
+    facts, run = work.facts, recipe.run
+    if facts["kind"] == "path":
+        return find_git_dir(Path(facts["git_dir"]))
+    folder = clones_folder(work.root) / Path(facts["git_dir"]).name
+    protocols = "https:ssh" if facts["kind"] == "url" else "file"
+    limits = Limits(run.clone_seconds, run.clone_attempts, run.clone_max_mib)
     if not folder.exists():
-        protocols = "https:ssh" if work.facts["kind"] == "url" else "file"
-        seconds = recipe.run.clone_seconds
-        clone(work.facts["location"], folder, protocols=protocols, seconds=seconds)
+        new_clone(facts["location"], folder, protocols, limits)
+    elif facts.get("update") or ("head" in facts and not _has(folder, facts["head"])):
+        update_clone(folder, facts["location"], protocols, limits)
     return find_git_dir(folder)
 
 
 def clone(location: str, target: Path, *, protocols: str, seconds: float) -> None:
+    """Clone with the default limits but for the time; see `new_clone`."""
+    new_clone(location, target, protocols, Limits(seconds))
+
+
+def new_clone(location: str, target: Path, protocols: str, limits: Limits) -> None:
     """Clone into `target` atomically: a killed clone leaves only a temporary folder.
 
     Files over 1 MiB stay behind where the server can filter: they are never part of a document.
+    Where somebody else made `target` in the meantime, theirs is kept.
 
     Raises:
-        RepositoryError: `clone_failed` with git's own last line, or `clone_timeout`.
+        RepositoryError: `clone_failed` with git's own words, `clone_timeout`, `too_large`.
     """
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    options = ["-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=60"]
-    options += ["-c", "core.hooksPath=/dev/null", "-c", "transfer.fsckObjects=false"]
-    command = ["git", *options, "clone", "--quiet", "--bare", "--single-branch", "--template="]
-    if protocols != "file":
-        command.append("--filter=blob:limit=1m")
-    env = os.environ | {
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_ASKPASS": "true",
-        "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oConnectTimeout=30",
-        "GIT_ALLOW_PROTOCOL": protocols,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "LC_ALL": "C",
-    }
-    try:
-        process = subprocess.Popen(
-            [*command, "--", location, str(temporary)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=env,
+    if holds_password(location):
+        raise RepositoryError(
+            "clone_failed",
+            "the URL holds credentials, which would be stored with the clone: leave them out and "
+            "use ~/.netrc or an SSH key",
         )
+    temporary = _temporary(target)
+    try:
+        _clone(location, temporary, protocols, limits)
         try:
-            _, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired as e:
-            _kill_tree(process.pid)
-            process.communicate()
-            raise RepositoryError(
-                "clone_timeout", f"clone took longer than {seconds:g} s (run.clone_seconds)"
-            ) from e
-        if process.returncode != 0:
-            lines = errors.decode(errors="replace").strip().splitlines()
-            said = [line for line in lines if line.startswith(("fatal:", "error:"))] or lines
-            raise RepositoryError("clone_failed", "clone failed: " + (said or ["no message"])[0])
-        os.replace(temporary, target)
-    except FileNotFoundError as e:
-        raise RepositoryError("clone_failed", "clone failed: no `git` command on PATH") from e
+            os.replace(temporary, target)
+        except OSError:
+            if not (target / "HEAD").exists():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _kill_tree(pid: int) -> None:
-    """Kill a process and all it started, git's network helpers above all: they outlive git.
+def update_clone(folder: Path, location: str, protocols: str, limits: Limits) -> None:
+    """Bring a clone up to date with its source's HEAD, following a renamed default branch.
 
-    Not by process group: git stays in its worker's, so that whoever kills the worker ends the
-    clone too. Where there is no /proc, helpers end by themselves after `http.lowSpeedTime`.
+    A reader sees the old state or the new one: objects come first, then the branch, HEAD last. A
+    clone that cannot take the update, because it is damaged or its refs are in the way, is replaced
+    by a fresh one; then there is a moment without any.
+
+    Raises:
+        RepositoryError: As `new_clone`; the clone stays as it was.
     """
+    folder = folder.absolute()
+    transfer = Transfer(folder, protocols, limits)
+    branch = _SYMREF.search(transfer.run("ls-remote", "--symref", "--", location, "HEAD"))
+    git = f"--git-dir={folder}"
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        children = []
-    os.kill(pid, signal.SIGKILL)
-    for child in children:
-        _kill_tree(int(child))
+        transfer.run(git, "fetch", *_options(protocols), "--force", "origin", f"+HEAD:{_INCOMING}")
+        # Reads every commit: what is damaged shows here and not in the middle of mining.
+        transfer.run(git, "rev-list", "--count", _INCOMING)
+        if branch is not None:
+            transfer.run(git, "update-ref", branch[1], _INCOMING)
+            transfer.run(git, "symbolic-ref", "HEAD", branch[1])
+        else:  # HEAD is detached there, or the server does not say: bundles, old servers
+            transfer.run(git, "update-ref", "HEAD", _INCOMING)
+        transfer.run(git, "update-ref", "-d", _INCOMING)
+    except GitFailed as e:
+        if e.retry:
+            raise
+        _replace_clone(folder, location, protocols, limits)
+
+
+def _clone(location: str, temporary: Path, protocols: str, limits: Limits) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    options = [*_options(protocols), "--bare", "--single-branch", "--template="]
+    Transfer(temporary, protocols, limits).run("clone", *options, "--", location, str(temporary))
+
+
+def _replace_clone(folder: Path, location: str, protocols: str, limits: Limits) -> None:
+    temporary, old = _temporary(folder), _temporary(folder, "-old")
+    try:
+        _clone(location, temporary, protocols, limits)
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _options(protocols: str) -> list[str]:
+    return ["--quiet"] if protocols == "file" else ["--quiet", "--filter=blob:limit=1m"]
+
+
+def _temporary(target: Path, suffix: str = "") -> Path:
+    """A name beside `target` that a sweep of the dataset knows to delete."""
+    return target.absolute().with_name(f"{target.name}.tmp-{os.getpid()}{suffix}")
+
+
+def _has(folder: Path, commit: str) -> bool:
+    try:
+        Objects(folder / "objects", 0).commit(commit)
+    except (KeyError, CorruptObject):
+        return False
+    return True

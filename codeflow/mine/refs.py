@@ -6,14 +6,20 @@ attribute or work tree of an untrusted repository is looked at, and nothing is s
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from codeflow.errors import RepositoryError
 
 _SHA1 = re.compile(r"[0-9a-f]{40}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_TAGS = "refs/tags/"
+_MAX_LINE = 4200  # characters: git's longest path, an id, and the space between
+_BAD_IN_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]")
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,70 @@ def _resolve(git: GitDir, name: str) -> str:
     return ""
 
 
+def tags(git: GitDir) -> dict[str, str]:
+    """Tag name to object id, from loose and packed refs; a loose ref hides a packed one.
+
+    Packed annotated tags name what they lead to where git recorded it (the `^` line); loose ones
+    name the tag object, which the caller peels. What is no regular file, no id or no valid name is
+    left out: symbolic links are not followed, and no more is read than refs need.
+    """
+    return _packed_tags(git.common_dir / "packed-refs") | _loose_tags(git.common_dir / _TAGS)
+
+
+def _packed_tags(packed: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if not packed.is_file():
+        return found
+    name = ""
+    with _opened(packed) as lines:
+        while line := lines.readline(_MAX_LINE):
+            value, _, ref = line.rstrip("\n").partition(" ")
+            if value.startswith("^"):
+                if name and _SHA1.match(value[1:]):
+                    found[name] = value[1:]
+                continue
+            name = ref.removeprefix(_TAGS) if ref.startswith(_TAGS) else ""
+            if not _is_ref_name(name) or not _SHA1.match(value):
+                name = ""
+            if name:
+                found[name] = value
+    return found
+
+
+def _loose_tags(folder: Path) -> dict[str, str]:
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in sorted(names)):
+            name = path.relative_to(folder).as_posix()
+            try:
+                is_file = stat.S_ISREG(path.lstat().st_mode)
+            except FileNotFoundError:  # packed or deleted since it was listed
+                continue
+            if is_file and _is_ref_name(name):
+                with _opened(path) as file:
+                    value = file.read(_MAX_LINE).strip()
+                if _SHA1.match(value):
+                    found[name] = value
+    return found
+
+
+def _is_ref_name(name: str) -> bool:
+    """The rules of git-check-ref-format that keep a name harmless."""
+    parts = name.split("/")
+    return (
+        not _BAD_IN_REF.search(name)
+        and not name.endswith(".")
+        and all(p and not p.startswith(".") and not p.endswith(".lock") for p in parts)
+    )
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open(encoding="utf-8", errors="surrogateescape", newline="\n")
+    except OSError as e:
+        raise RepositoryError("unreadable", f"cannot read {path}: {e.strerror}") from e
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
@@ -107,28 +177,3 @@ def _read(path: Path) -> str:
 
 def _not_a_repository(path: Path) -> RepositoryError:
     return RepositoryError("not_a_repository", f"{path} is not a git repository")
-
-
-def tags(git: GitDir) -> dict[str, str]:
-    """Tag name to object id, from loose and packed refs.
-
-    Packed annotated tags are peeled where git recorded their commit; loose ones may still name the
-    tag object, which the caller peels.
-    """
-    found: dict[str, str] = {}
-    packed = git.common_dir / "packed-refs"
-    name = ""
-    for line in _read(packed).splitlines() if packed.is_file() else []:
-        value, _, ref = line.partition(" ")
-        if line.startswith("^") and name:
-            found[name] = line[1:].strip()
-        elif ref.startswith("refs/tags/") and _SHA1.match(value):
-            name = ref.removeprefix("refs/tags/")
-            found[name] = value
-        else:
-            name = ""
-    folder = git.common_dir / "refs" / "tags"
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        if path.is_file() and _SHA1.match(value := _read(path).strip()):
-            found[path.relative_to(folder).as_posix()] = value
-    return found

@@ -1,20 +1,22 @@
 """Proof from the stored tables alone: R_old is whole, and R_old + P = R_new.
 
 For every triple: each tree and text blob of R_old is stored and hashes to its id, so R_old's root
-id vouches for all of it; the patch, applied in process, gives each new blob, hashed again; and the
-root tree rebuilt from R_old's trees with the changed paths put in hashes to R_new's id. The
-repository itself is not needed.
+id vouches for all of it; the patch, applied in process, gives each new blob, hashed again, and its
+headers name the same paths, modes and blobs as the listed changes; and the root tree rebuilt from
+R_old's trees with the changed paths put in hashes to R_new's id. The repository itself is not
+needed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
+from codeflow.mine.headers import check_header
 from codeflow.mine.merkle import changed_tree, parse_tree
 from codeflow.mine.objects import EMPTY_BLOB, EMPTY_TREE, GITLINK, TREE, git_hash
 from codeflow.mine.patch import PatchError, apply_section, split_patch
+from codeflow.storage import parse_root
 from codeflow.work import Work
 
 _STORED = ("text", "symlink", "lfs")
@@ -106,6 +108,8 @@ def replay_triple(
     for change in changes:
         section = next(remaining) if change["in_patch"] else None
         old, new = change["old_blob"], change["new_blob"]
+        if section is not None and (problem := check_header(section, change)):
+            return f"{change['path']!r}: {problem}"
         if section is not None and old != new:
             try:
                 result = apply_section(states.contents[old] if old else b"", section)
@@ -135,7 +139,7 @@ def verify_repository(args: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `triples`, `proven`, `complete` (with the patch alone), `problems` (triple id, what).
     """
-    root = Path(args["root"])
+    root = parse_root(args["root"])
     inputs = {table: [root / p for p in paths] for table, paths in args["inputs"].items()}
     work = Work(root, args["unit"], "", inputs)
     states = States(work)

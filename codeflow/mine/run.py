@@ -24,7 +24,7 @@ from codeflow.recipe import MineSettings, Recipe
 from codeflow.tables import BLOBS
 from codeflow.work import Counts, Work
 
-_BATCH_BYTES = 32 << 20
+_BATCH_BYTES = 8 << 20
 _STORED = ("text", "symlink", "lfs")
 
 
@@ -250,6 +250,7 @@ def _write_triples(work: Work, chain: list[Commit], triples: list[Triple]) -> No
             "lines_deleted": [sum(f.lines_deleted for f in c.files) for c in changes],
             "n_files": [c.n_files for c in changes],
             "license": [work.facts["license"]] * len(triples),
+            "permissive": [work.facts["permissive"]] * len(triples),
             "has_tests": [c.has_tests for c in changes],
             "patch_complete": [c.complete for c in changes],
             "patch": [c.patch for c in changes],

@@ -11,9 +11,8 @@ from typing import Any
 from codeflow.mine.commits import Commit
 from codeflow.mine.fetch import repository
 from codeflow.mine.history import Window, maturity_window, read_mainline, slices
-from codeflow.mine.license import is_license_file, license_of
-from codeflow.mine.merkle import parse_tree
-from codeflow.mine.objects import EMPTY_TREE, TREE, CorruptObject, Objects
+from codeflow.mine.license import license_of_tree
+from codeflow.mine.objects import EMPTY_TREE, CorruptObject, Objects
 from codeflow.recipe import MineSettings, Recipe
 from codeflow.work import Counts, Work
 
@@ -23,7 +22,7 @@ def run(work: Work, recipe: Recipe) -> Counts:
 
     Facts in: those of the source and of `fetch`; `leader` from `families`.
     Facts out: `slices` (first position and the one after the last, each), `window_start`,
-    `license`.
+    `license` and whether it is `permissive`.
 
     Raises:
         RepositoryError: `corrupt`: the mainline cannot be read.
@@ -31,7 +30,7 @@ def run(work: Work, recipe: Recipe) -> Counts:
     settings, facts = recipe.mine, work.facts
     leader = facts["leader"]
     length = facts["mainline_commits"]
-    facts |= {"slices": [], "window_start": 0, "license": None}
+    facts |= {"slices": [], "window_start": 0, "license": None, "permissive": False}
     if leader != work.unit:
         _write(work, Window(0, 0), "fork", f"shares its root commit with {leader}, which is mined")
         return {"skipped_fork": 1, "mainline_commits": length}
@@ -46,7 +45,8 @@ def run(work: Work, recipe: Recipe) -> Counts:
     facts["window_start"] = window.start
     facts["slices"] = [[s.start, s.stop] for s in slices(window, settings.slice_commits)]
     if window.stop > window.start:
-        facts["license"] = _license(objects, chain[window.stop - 1].tree)
+        found = license_of_tree(objects, chain[window.stop - 1].tree)
+        facts |= {"license": found.spdx, "permissive": found.permissive}
     _write(work, window, "mined", "")
     return {"mined": 1, "mainline_commits": length}
 
@@ -85,18 +85,6 @@ def _churn_progress(objects: Objects, chain: list[Commit]) -> list[float]:
     return [s / total if total else 0.0 for s in sums]
 
 
-def _license(objects: Objects, root: str) -> str | None:
-    try:
-        for name, mode, entry in parse_tree(objects.tree(root)):
-            if mode != TREE and is_license_file(name):
-                spdx = license_of(objects.blob(entry))
-                if spdx is not None:
-                    return spdx
-    except (KeyError, ValueError):
-        return None
-    return None
-
-
 def _write(work: Work, window: Window, status: str, reason: str) -> None:
     facts: dict[str, Any] = work.facts
     work.write(
@@ -112,6 +100,7 @@ def _write(work: Work, window: Window, status: str, reason: str) -> None:
             "root": [facts["root"]],
             "leader": [facts["leader"]],
             "license": [facts["license"]],
+            "permissive": [facts["permissive"]],
             "status": [status],
             "reason": [reason],
         },

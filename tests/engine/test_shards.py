@@ -143,7 +143,8 @@ def packed(
         f.name: [] if pa.types.is_list(f.type) else "" if pa.types.is_string(f.type) else 0
         for f in TABLES["documents"].schema
     }
-    repo = {f.name: "" if pa.types.is_string(f.type) else 0 for f in TABLES["repos"].schema}
+    empty = {pa.string(): "", pa.bool_(): False}
+    repo = {f.name: empty.get(f.type, 0) for f in TABLES["repos"].schema}
     numbered = [f"doc-{n:06d}" for n in range(len(documents))]
     meta = [none | {"doc_id": d, "repo_id": "r", "sequence": n} for n, d in enumerate(numbered)]
     tokens = [

@@ -149,10 +149,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Rows], None], str]] = {
         lambda r: _set(_first(r), patch_complete=False),
         "patch_complete contradicts",
     ),
-    "a wrong new blob": ("changes", lambda r: _set(r[0], new_blob="12" * 20), "other content"),
+    "a wrong new blob": ("changes", lambda r: _set(r[0], new_blob="12" * 20), "header names blob"),
     "a wrong old blob": ("changes", lambda r: _set(r[0], old_blob="12" * 20), "12121212"),
-    "a wrong mode": ("changes", lambda r: _set(r[0], new_mode=0o100755), "R_new rebuilds"),
-    "a wrong path": ("changes", lambda r: _set(r[0], path=b"src/else.py"), "R_new rebuilds"),
+    "a wrong mode": ("changes", lambda r: _set(r[0], new_mode=0o100755), "header says"),
+    "a wrong path": ("changes", lambda r: _set(r[0], path=b"src/else.py"), "header says"),
     "a lost change": ("changes", lambda r: r.remove(r[0]), "the listed changes have"),
 }
 
