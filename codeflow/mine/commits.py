@@ -101,6 +101,12 @@ def parse_commit(commit: str, raw: bytes, *, message: bool = True) -> Commit:
     )
 
 
+def parse_parents(raw: bytes) -> list[str]:
+    """Only the parents of a raw commit object, for walks that need nothing else."""
+    header = raw[: raw.find(b"\nauthor ") + 1]
+    return [line[7:].decode("ascii", "replace") for line in header.split(b"\n")[1:-1]]
+
+
 def _parse_identity(value: bytes) -> tuple[bytes, int, int]:
     match = _IDENTITY.match(value)
     if match is None:

@@ -16,6 +16,7 @@ from codeflow.mine.commits import Commit, parse_commit
 from codeflow.mine.objects import Objects
 
 ReadCommit = Callable[[str], Commit]
+ReadParents = Callable[[str], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,15 @@ def slices(window: Window, size: int) -> list[Window]:
     return [Window(a, min(a + size, last) + 1) for a in starts]
 
 
-def steps(read: ReadCommit, chain: list[Commit], window: Window) -> list[list[Commit]]:
+def steps(
+    read: ReadCommit,
+    chain: list[Commit],
+    window: Window,
+    parents: ReadParents | None = None,
+) -> list[list[Commit]]:
     """For each mainline position of the window, the commits it brought in, oldest first.
+
+    `parents`, where given, is a cheaper way to walk the older history than `read`.
 
     The mainline commit is the last of its step; before it stand the commits of the branches it
     merged, parents before children. Commits reachable from the position before the window are in
@@ -92,7 +100,7 @@ def steps(read: ReadCommit, chain: list[Commit], window: Window) -> list[list[Co
     """
     seen: set[str] = set()
     if window.start > 0:
-        _reachable(read, chain[window.start - 1], seen)
+        _reachable(parents or (lambda c: read(c).parents), chain[window.start - 1].id, seen)
     result = []
     for position in range(window.start, window.stop):
         commit = read(chain[position].id)  # the chain may be without messages
@@ -104,17 +112,17 @@ def steps(read: ReadCommit, chain: list[Commit], window: Window) -> list[list[Co
     return result
 
 
-def _reachable(read: ReadCommit, start: Commit, seen: set[str]) -> None:
+def _reachable(parents: ReadParents, start: str, seen: set[str]) -> None:
     stack = [start]
-    seen.add(start.id)
+    seen.add(start)
     while stack:
-        for parent in stack.pop().parents:
-            if parent not in seen:
-                seen.add(parent)
-                try:
-                    stack.append(read(parent))
-                except (KeyError, ValueError):
-                    continue  # cut-off or damaged ancestors are older than anything mined
+        try:
+            found = parents(stack.pop())
+        except (KeyError, ValueError):
+            continue  # cut-off or damaged ancestors are older than anything mined
+        fresh = [p for p in found if p not in seen]
+        seen.update(fresh)
+        stack += fresh
 
 
 def _branch(read: ReadCommit, tip: str, seen: set[str]) -> list[Commit]:

@@ -6,10 +6,12 @@ same id has rebuilt the same repository state.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from codeflow.mine.objects import EMPTY_TREE, TREE, git_hash
 
+_ENTRY = re.compile(rb"([0-7]+) ([^\0]*)\0(.{20})", re.DOTALL)
 Entry = tuple[int, str]  # mode, object id
 ReadTree = Callable[[str], bytes]
 
@@ -21,13 +23,14 @@ def parse_tree(data: bytes) -> Iterator[tuple[bytes, int, str]]:
         ValueError: The bytes are no tree.
     """
     at = 0
-    while at < len(data):
-        nul = data.index(b"\0", at)
-        mode, _, name = data[at:nul].partition(b" ")
-        if nul + 21 > len(data):
-            raise ValueError("tree is cut short")
-        yield name, int(mode, 8), data[nul + 1 : nul + 21].hex()
-        at = nul + 21
+    for match in _ENTRY.finditer(data):
+        if match.start() != at:
+            break
+        mode, name, entry = match.groups()
+        yield name, int(mode, 8), entry.hex()
+        at = match.end()
+    if at != len(data):
+        raise ValueError(f"tree is malformed at byte {at}")
 
 
 def format_tree(entries: Mapping[bytes, Entry]) -> bytes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 
+import numpy as np
+
 # At most ten digits: no file has more lines, and `int` refuses numbers of thousands of digits.
 _HUNK = re.compile(rb"@@ -(\d{1,10})(?:,(\d{1,10}))? \+\d{1,10}(?:,(\d{1,10}))? @@")
 
@@ -50,37 +52,59 @@ def apply_section(old: bytes, section: bytes) -> bytes:
     at = next((i for i, line in enumerate(lines) if line.startswith(b"@@ ")), len(lines))
     if at == len(lines):
         return old
-    source, result, position = _lines(old), [], 0
+    # Only the lines that hunks name are ever looked at: a file is its bytes and its line ends.
+    ends = np.flatnonzero(np.frombuffer(old, dtype=np.uint8) == ord("\n")) + 1
+    starts = np.concatenate(([0], ends, [len(old)] if not old.endswith(b"\n") and old else []))
+    starts = starts.astype(np.int64).tolist()
+    n_lines = len(starts) - 1
+    result, position = [], 0
     while at < len(lines):
         old_start, old_count, new_count = _hunk_header(lines[at])
-        at += 1
         start = old_start - 1 if old_count else old_start
-        if not position <= start <= len(source):
+        if not position <= start <= n_lines:
             raise PatchError(f"hunk at old line {old_start} is out of order or past the end")
-        result += source[position:start]
-        position = start
-        while old_count > 0 or new_count > 0 or (at < len(lines) and lines[at][:1] == b"\\"):
-            if at >= len(lines):
-                raise PatchError("the last hunk is cut short")
-            sign, body = lines[at][:1], lines[at][1:]
-            at += 1
-            if sign == b"\\":
-                continue
-            if at < len(lines) and lines[at][:1] == b"\\":
-                body = body.removesuffix(b"\n")
-            if sign in (b" ", b"-"):
-                if position >= len(source) or source[position] != body:
-                    raise PatchError(f"old line {position + 1} is not what the patch expects")
-                position += 1
-                old_count -= 1
-            if sign in (b" ", b"+"):
-                result.append(body)
-                new_count -= 1
-            if sign not in (b" ", b"-", b"+"):
-                raise PatchError(f"unexpected line in a hunk: {sign + body[:40]!r}")
-        if old_count < 0 or new_count < 0:
-            raise PatchError("a hunk holds more lines than its header says")
-    return b"".join(result + source[position:])
+        before, after, at = _hunk_body(lines, at + 1, old_count, new_count)
+        if start + old_count > n_lines:
+            raise PatchError(f"hunk at old line {old_start} goes past the end")
+        expected = b"".join(before)
+        if old[starts[start] : starts[start + old_count]] != expected:
+            raise PatchError(f"old lines from {start + 1} on are not what the patch expects")
+        result += [old[starts[position] : starts[start]], *after]
+        position = start + old_count
+    return b"".join([*result, old[starts[position] :]])
+
+
+def _hunk_body(
+    lines: list[bytes], at: int, old_count: int, new_count: int
+) -> tuple[list[bytes], list[bytes], int]:
+    """Old lines and new lines of the hunk whose first line is `at`, and where the next one starts.
+
+    Counts, never the look of a line, decide where it ends.
+    """
+    before: list[bytes] = []
+    after: list[bytes] = []
+    while (
+        len(before) < old_count
+        or len(after) < new_count
+        or (at < len(lines) and lines[at][:1] == b"\\")
+    ):
+        if at >= len(lines):
+            raise PatchError("the last hunk is cut short")
+        sign, body = lines[at][:1], lines[at][1:]
+        at += 1
+        if sign == b"\\":
+            continue
+        if at < len(lines) and lines[at][:1] == b"\\":
+            body = body.removesuffix(b"\n")
+        if sign in (b" ", b"-"):
+            before.append(body)
+        if sign in (b" ", b"+"):
+            after.append(body)
+        if sign not in (b" ", b"-", b"+"):
+            raise PatchError(f"unexpected line in a hunk: {sign + body[:40]!r}")
+    if len(before) > old_count or len(after) > new_count:
+        raise PatchError("a hunk holds more lines than its header says")
+    return before, after, at
 
 
 def _lines(data: bytes) -> list[bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from codeflow.mine.commits import Commit, parse_commit
+from codeflow.mine.commits import Commit, parse_commit, parse_parents
 from codeflow.mine.fetch import repository
 from codeflow.mine.flow import Flow, State
 from codeflow.mine.history import Window, read_mainline, steps
@@ -58,10 +58,16 @@ def run(work: Work, recipe: Recipe) -> Counts:
 
     # A slice's first state is the last one of the slice before, which has its commit.
     first = window.start + (window.start > facts["window_start"])
-    brought = steps(read, chain, Window(first, window.stop))
+    brought = steps(
+        read, chain, Window(first, window.stop), lambda c: parse_parents(objects.commit(c))
+    )
     tagged = _tagged(git, objects) if settings.policy == "release" else set()
     released = {i for i, step in enumerate(brought, first) if any(c.id in tagged for c in step)}
-    states = [_state(read(chain[i].id), i in released) for i in range(window.start, window.stop)]
+    known = {step[-1].id: step[-1] for step in brought}
+    mainline = [chain[i].id for i in range(window.start, window.stop)]
+    states = [
+        _state(known.get(c) or read(c), i in released) for i, c in enumerate(mainline, window.start)
+    ]
     triples, dropped = find_triples(objects, Flow(objects, states, settings), window.start)
     triples, snapshot, damaged = _snapshot(objects, chain, triples)
     dropped["unreadable"] += damaged

@@ -86,8 +86,8 @@ SECTION = b"diff --git a/x b/x\n--- a/x\n+++ b/x\n"
     ("hunks", "message"),
     [
         (b"@@ -1,2 +1,2 @@\n a\n", "cut short"),
-        (b"@@ -1 +1 @@\n-b\n+c\n", "old line 1 is not what"),
-        (b"@@ -1 +1 @@\n-a\r\n+c\n", "old line 1 is not what"),
+        (b"@@ -1 +1 @@\n-b\n+c\n", "old lines from 1 on are not what"),
+        (b"@@ -1 +1 @@\n-a\r\n+c\n", "old lines from 1 on are not what"),
         (b"@@ -9 +9 @@\n-a\n+c\n", "past the end"),
         (b"@@ -0 +1 @@\n-a\n+c\n", "out of order"),
         (b"@@ -2 +2 @@\n-b\n+c\n@@ -1 +1 @@\n-a\n+c\n", "out of order"),
