@@ -43,15 +43,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("repositories", nargs="+", type=Path)
     parser.add_argument("--giant", type=Path, help="default: no skewed list")
+    parser.add_argument("--stage", default="build", choices=("build", "mine"), help="what to run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side (default 3)")
     options = parser.parse_args()
-    two_against_one([r.resolve() for r in options.repositories], options.runs)
+    two_against_one(options.stage, [r.resolve() for r in options.repositories], options.runs)
     if options.giant is None:
         return 0
     return 0 if skewed(options.giant.resolve()) else 1
 
 
-def two_against_one(repositories: list[Path], runs: int) -> None:
+def two_against_one(stage: str, repositories: list[Path], runs: int) -> None:
     seconds: dict[int, list[float]] = {1: [], 2: []}
     cores: dict[int, list[float]] = {1: [], 2: []}
     controls = []
@@ -60,16 +61,16 @@ def two_against_one(repositories: list[Path], runs: int) -> None:
         for workers in seconds:
             with tempfile.TemporaryDirectory() as folder:
                 before = children_cpu()
-                wall = codeflow("build", Path(folder), repositories, workers)
+                wall = codeflow(stage, Path(folder), repositories, workers)
             seconds[workers].append(wall)
             cores[workers].append((children_cpu() - before) / wall)
     one, two = (statistics.median(seconds[workers]) for workers in (1, 2))
     got_one, got_two = (statistics.median(cores[workers]) for workers in (1, 2))
     limit = statistics.median(controls)
     print(
-        f"{len(repositories)} repositories: 1 worker {one:.1f} s on {got_one:.2f} cores, 2 workers "
-        f"{two:.1f} s on {got_two:.2f} cores: {one / two:.2f}x; the machine's own control: "
-        f"{limit:.2f}x",
+        f"{stage}, {len(repositories)} repositories: 1 worker {one:.1f} s on {got_one:.2f} cores, "
+        f"2 workers {two:.1f} s on {got_two:.2f} cores: {one / two:.2f}x; "
+        f"the machine's own control: {limit:.2f}x",
         flush=True,
     )
 

@@ -84,7 +84,7 @@ COMMITS = Table(
         Column("tree", pa.string(), f"root tree; {GIT_ID}"),
         Column("position", pa.int32(), f"mainline commit that brought it in; {POSITION}"),
         Column("on_mainline", pa.bool_(), "true for the mainline commit itself"),
-        Column("message", pa.string(), "commit message, decoded"),
+        Column("message", pa.string(), "commit message, decoded, without e-mail addresses"),
         Column(
             "message_raw", pa.binary(), "original bytes, only where decoding lost some", "", True
         ),
@@ -94,6 +94,7 @@ COMMITS = Table(
         Column("is_merge", pa.bool_(), "two or more parents"),
         Column("is_bot", pa.bool_(), "author name or e-mail is a known automation account"),
         Column("is_revert", pa.bool_(), "message says that it reverts another commit"),
+        Column("trailers", _list(pa.string()), "`Key: value` lines that end the message"),
         Column("pull_requests", _list(pa.int64()), "pull request numbers named in the message"),
         Column("closes_issues", _list(pa.int64()), "issues closed by keyword in the message"),
     ),

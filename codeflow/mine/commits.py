@@ -20,6 +20,9 @@ _REVERT = re.compile(r"(?:\A\s*revert\b|^this reverts commit [0-9a-f]{7,40})", r
 _PULL_REQUEST = re.compile(
     r"^Merge pull request #(\d{1,9})\b|\(#(\d{1,9})\)\s*$|^Merge branch .* of .* \(#(\d{1,9})\)"
 )
+_TRAILER = re.compile(r"[A-Za-z][A-Za-z0-9-]*: \S")
+_ADDRESS = re.compile(r"<[^<>@\s]*@[^<>\s]*>")
+_RAW_ADDRESS = re.compile(rb"<[^<>@\s]*@[^<>\s]*>")
 _CLOSES = re.compile(
     r"\b(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?):?\s+"
     r"(?:[\w.-]+/[\w.-]+)?(?:#|https?://[^\s/]+/[\w.-]+/[\w.-]+/issues/)(\d{1,9})\b",
@@ -32,8 +35,9 @@ class Commit:
     """A commit as git stores it.
 
     Attributes:
-        message: Decoded with the declared encoding, UTF-8 without one.
-        message_raw: The original bytes when decoding had to replace some, else None.
+        message: Decoded with the declared encoding, UTF-8 without one; e-mail addresses in angle
+            brackets are emptied (`Signed-off-by: Ana <>`), because they name people, not changes.
+        message_raw: The bytes, so emptied, when decoding had to replace some, else None.
         author: Raw `name <e-mail>` bytes; never stored, only hashed.
         author_time: Seconds since 1970; 0 when the header has none.
         author_offset: Minutes from UTC; 0 when it has none or nonsense.
@@ -62,6 +66,14 @@ class Commit:
         """Numbers in the subject: `… (#12)`, `Merge pull request #12 from …`."""
         match = _PULL_REQUEST.search(self.message.partition("\n")[0])
         return [int(next(g for g in match.groups() if g))] if match else []
+
+    @property
+    def trailers(self) -> list[str]:
+        """`Key: value` lines at the end of the message (`Co-authored-by`, `Fixes`, …)."""
+        last = self.message.strip().rpartition("\n\n")
+        lines = last[2].split("\n") if last[1] else []
+        found = [line.strip() for line in lines if _TRAILER.match(line)]
+        return found if len(found) == len(lines) else []
 
     @property
     def closes_issues(self) -> list[int]:
@@ -96,8 +108,16 @@ def parse_commit(commit: str, raw: bytes, *, message: bool = True) -> Commit:
         raise ValueError(f"commit {commit} names no tree")
     identity, time, offset = _parse_identity(author)
     text, lossy = _decode(body, encoding) if message else ("", False)
+    text = _ADDRESS.sub("<>", text) if "@" in text else text
     return Commit(
-        commit, tree, tuple(parents), identity, time, offset, text, body if lossy else None
+        commit,
+        tree,
+        tuple(parents),
+        identity,
+        time,
+        offset,
+        text,
+        _RAW_ADDRESS.sub(b"<>", body) if lossy else None,
     )
 
 

@@ -225,6 +225,7 @@ def _write_commits(
             "is_merge": [len(c.parents) > 1 for _, _, c in rows],
             "is_bot": [c.is_bot for _, _, c in rows],
             "is_revert": [c.is_revert for _, _, c in rows],
+            "trailers": [c.trailers for _, _, c in rows],
             "pull_requests": [c.pull_requests for _, _, c in rows],
             "closes_issues": [c.closes_issues for _, _, c in rows],
         },
