@@ -438,7 +438,8 @@ def _resolve_recipe(root: AnyPath, path: Path | None, overrides: tuple[str, ...]
 
 
 def _print_plan(root: AnyPath, recipe: Recipe, sources: Any, until: str, as_json: bool) -> int:
-    from codeflow.pipeline import STEPS, plan
+    from codeflow.pipeline import plan
+    from codeflow.steps import STEPS
 
     steps = plan(root, recipe, sources)
     last = max(i for i, s in enumerate(STEPS) if s.stage == until)

@@ -4,95 +4,30 @@
                                       └─ score ───────────┴─ decide ─ tokenizer ─ compose ─ pack
 
 A step has one unit per repository, one per slice of a repository's mainline, or one for the whole
-dataset. A unit's fingerprint is a hash of
-the contents of its inputs, of the settings the step uses, and of the step's version; a marker with
-that fingerprint means done. Everything else follows: a finished build has nothing to do, a changed
-setting redoes the steps that use it and those whose input it changes, a killed run goes on where it
-was, and the same recipe gives the same bytes with any number of workers.
+dataset (`steps.py`). A unit's fingerprint is a hash of the contents of its inputs, of the settings
+the step uses, and of the step's version (`planning.py`); a marker with that fingerprint means done.
+Everything else follows: a finished build has nothing to do, a changed setting redoes the steps that
+use it and those whose input it changes, a killed run goes on where it was, and the same recipe
+gives the same bytes with any number of workers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from codeflow.dataset import Dataset, Marker
-from codeflow.errors import CodeflowError, DatasetError, RecipeError, UsageError, did_you_mean
+from codeflow.errors import CodeflowError, DatasetError, UsageError, did_you_mean
 from codeflow.exec import Limits, Outcome, Unit, make_executor
 from codeflow.mine.sources import Source
-from codeflow.recipe import Recipe, changed_settings, digest
+from codeflow.planning import Planned, is_done, plan_step
+from codeflow.recipe import Recipe, changed_settings
 from codeflow.settings import to_mapping
+from codeflow.steps import ALL, STAGES, STEPS, Step
 from codeflow.storage import AnyPath, absolute
-
-ALL = "all"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the pipeline.
-
-    Attributes:
-        name: Also the name of its marker folder.
-        stage: The command a user types to come as far as this step.
-        run: The unit function, `module:function`.
-        scope: `repo` has a unit per repository, `slice` one per slice that `survey` found (named
-            `<repository>.<number>`), `dataset` has one unit, `all`.
-        needs: Steps whose files and facts it reads; a repository's unit reads its own only. Of a
-            dataset-wide step it gets the facts kept under its name in `by_repo`.
-        settings: Recipe sections or keys that its output depends on.
-        files: Settings that name a file; its content counts as a setting, too.
-        version: Raise it when the same inputs and settings give other bytes than before.
-    """
-
-    name: str
-    stage: str
-    run: str
-    scope: Literal["repo", "slice", "dataset"]
-    needs: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    version: int = 1
-
-
-STEPS = (
-    Step("fetch", "mine", "codeflow.mine.fetch:run", "repo"),
-    Step(
-        "families", "mine", "codeflow.mine.families:run", "dataset",
-        ("fetch",), ("mine.collapse_forks",),
-    ),
-    Step(
-        "survey", "mine", "codeflow.mine.survey:run", "repo", ("fetch", "families"),
-        ("mine.lifecycle", "mine.window_from", "mine.window_to", "mine.min_commits",
-         "mine.slice_commits", "mine.max_blob_bytes"),
-    ),
-    Step("mine", "mine", "codeflow.mine.run:run", "slice", ("fetch", "survey"), ("mine",)),
-    Step("sign", "dedup", "codeflow.dedup.sign:run", "slice", ("mine",), ("dedup.min_shingles",)),
-    Step("cluster", "dedup", "codeflow.dedup.cluster:run", "dataset", ("mine", "sign"), ("dedup",)),
-    Step("score", "filter", "codeflow.filter.score:run", "slice", ("mine",)),
-    Step(
-        "decide", "filter", "codeflow.filter.decide:run", "slice",
-        ("mine", "score", "cluster"), ("filter",),
-    ),
-    Step(
-        "tokenizer", "compose", "codeflow.pack.vocabulary:run", "dataset",
-        ("mine", "decide"), ("tokenizer",), ("tokenizer.path",),
-    ),
-    Step(
-        "compose", "compose", "codeflow.compose.run:run", "slice",
-        ("survey", "mine", "decide", "tokenizer"), ("compose", "pack.length"),
-    ),
-    Step(
-        "pack", "pack", "codeflow.pack.run:run", "dataset", ("survey", "tokenizer", "compose"),
-        # Its manifest vouches for the whole recipe by hash.
-        ("name", "mine", "dedup", "filter", "tokenizer", "compose", "pack"),
-    ),
-)  # fmt: skip
-STAGES = tuple(dict.fromkeys(step.stage for step in STEPS))
 
 
 class Progress(Protocol):
@@ -210,8 +145,8 @@ def plan(
         if not exists or pending & set(step.needs):
             result[step.name] = (len(units), 0)
         else:
-            planned = _plan_step(dataset, recipe, listed, step)
-            todo = sum(not _is_done(dataset.marker(step.name, p.unit), p) for p in planned)
+            planned = plan_step(dataset, recipe, listed, step)
+            todo = sum(not is_done(dataset.marker(step.name, p.unit), p) for p in planned)
             result[step.name] = (todo, len(planned) - todo)
         if result[step.name][0]:
             pending.add(step.name)
@@ -220,111 +155,6 @@ def plan(
 
 def _last_step(stage: str) -> Step:
     return [step for step in STEPS if step.stage == stage][-1]
-
-
-# -- one step ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Planned:
-    unit: str
-    fingerprint: str
-    inputs: dict[str, list[str]]
-    facts: dict[str, Any]
-    weight: float
-
-
-def _plan_step(
-    dataset: Dataset, recipe: Recipe, sources: list[dict[str, Any]], step: Step
-) -> list[_Planned]:
-    """The units of a step, from the markers of the steps it needs.
-
-    A repository without a finished upstream unit has no unit here: its absence is what the
-    dataset-wide steps see, too.
-    """
-    settings = recipe.part(step.settings) | _file_hashes(recipe, step)
-    base = [step.name, step.version, settings]
-    upstream = {need: _by_repository(dataset, need, sources) for need in step.needs}
-    if step.scope == "dataset":
-        return [
-            _planned(ALL, base, {}, [m for n in upstream.values() for ms in n.values() for m in ms])
-        ]
-    planned = []
-    for source in sources:
-        repo = source["repo_id"]
-        found = {need: units.get(ALL, units.get(repo, [])) for need, units in upstream.items()}
-        if not all(found.values()):
-            continue
-        markers = [m for ms in found.values() for m in ms]
-        if step.scope == "repo":
-            planned.append(_planned(repo, base, source, markers))
-        elif step.name == "mine":
-            slices = next(m.facts["slices"] for m in markers if m.step == "survey")
-            for number, bounds in enumerate(slices):
-                facts = source | {"slice": bounds}
-                planned.append(_planned(f"{repo}.{number:04d}", [*base, bounds], facts, markers))
-        else:  # a slice of what `mine` made of it
-            sliced = [m for m in markers if "." in m.unit.removeprefix(repo)]
-            for unit in [m.unit for m in found["mine"]]:
-                own = [m for m in markers if m not in sliced or m.unit == unit]
-                if {m.step for m in own} == set(step.needs):
-                    planned.append(_planned(unit, base, source, own))
-    return planned
-
-
-def _planned(unit: str, base: list[Any], facts: dict[str, Any], markers: list[Marker]) -> _Planned:
-    """One unit: its fingerprint, its input files, and the facts it is told."""
-    repo = facts.get("repo_id", ALL)
-    identity: list[Any] = []
-    inputs: dict[str, list[str]] = {}
-    told: dict[str, Any] = {}
-    weight = 1.0
-    for marker in markers:
-        contents = sorted((f.table, f.sha256) for f in marker.files)
-        known = marker.facts
-        if marker.unit == ALL:
-            known = marker.facts.get("by_repo", {}).get(repo, {})
-        identity.append([marker.step, marker.unit, contents, known])
-        if repo != ALL:
-            told |= known
-        elif known:
-            told.setdefault("repos", {}).setdefault(marker.unit, {}).update(known)
-        for file in marker.files:
-            inputs.setdefault(file.table, []).append(file.path)
-            weight += file.bytes
-    if "slice" in facts:
-        weight = facts["slice"][1] - facts["slice"][0]
-    source = {} if markers else facts  # later steps know the source through the facts of `fetch`
-    return _Planned(unit, digest([*base, source, identity]), inputs, facts | told, weight)
-
-
-def _by_repository(
-    dataset: Dataset, step_name: str, sources: list[dict[str, Any]]
-) -> dict[str, list[Marker]]:
-    """Finished units of a step by repository (`all` for a dataset-wide one), in source order."""
-    step = next(s for s in STEPS if s.name == step_name)
-    names = [s["repo_id"] for s in sources] if step.scope != "dataset" else [ALL]
-    result: dict[str, list[Marker]] = {name: [] for name in names}
-    for marker in dataset.markers(step_name):
-        repo = marker.unit.rpartition(".")[0] if step.scope == "slice" else marker.unit
-        if marker.status == "done" and repo in result:
-            result[repo].append(marker)
-    return result
-
-
-def _file_hashes(recipe: Recipe, step: Step) -> dict[str, str]:
-    hashes = {}
-    for key, path in recipe.part(step.files).items():
-        if path is not None:
-            try:
-                hashes[f"{key} content"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            except OSError as e:
-                raise RecipeError(f"`{key}`: cannot read {path}: {e.strerror}") from e
-    return hashes
-
-
-def _is_done(marker: Marker | None, planned: _Planned) -> bool:
-    return marker is not None and marker.fingerprint == planned.fingerprint
 
 
 class _Runner:
@@ -351,14 +181,14 @@ class _Runner:
         self.totals: Counter[str] = Counter()
 
     def run(self, step: Step) -> None:
-        planned = {p.unit: p for p in _plan_step(self.dataset, self.recipe, self.sources, step)}
+        planned = {p.unit: p for p in plan_step(self.dataset, self.recipe, self.sources, step)}
         before = {m.unit: m for m in self.dataset.markers(step.name)}
         self.dataset.forget(step.name, before.keys() - planned.keys())
         todo = []
         for unit, p in planned.items():
             marker = before.get(unit)
             retry = marker is not None and marker.status != "done" and self.options.retry_failed
-            if not _is_done(marker, p) or retry:
+            if not is_done(marker, p) or retry:
                 todo.append(p)
         self.skipped += len(planned) - len(todo)
         if todo:
@@ -376,7 +206,7 @@ class _Runner:
         self.totals += counts
         self._check(step, counts)
 
-    def _execute(self, step: Step, todo: list[_Planned]) -> None:
+    def _execute(self, step: Step, todo: list[Planned]) -> None:
         mapping = to_mapping(self.recipe)
         # How the pinned head came about is no part of what it is: not in the fingerprint.
         extra = {"update": True} if step.name == "fetch" and self.options.update else {}
@@ -428,7 +258,7 @@ class _Runner:
                         reason=f"{outcome.status}: {outcome.reason}",
                     )
                 )
-            elif not _is_done(self.dataset.marker(step.name, outcome.unit_id), planned):
+            elif not is_done(self.dataset.marker(step.name, outcome.unit_id), planned):
                 raise DatasetError(
                     f"{step.name} of {outcome.unit_id} is done, but {self.dataset.root} does not "
                     "show it: the machine that ran it has another folder under this name. Every "

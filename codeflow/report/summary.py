@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from codeflow.dataset import Dataset
-from codeflow.pipeline import STEPS
 from codeflow.recipe import Recipe
+from codeflow.steps import STEPS
 
 
 @dataclass(frozen=True)

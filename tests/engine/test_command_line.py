@@ -25,7 +25,7 @@ from engine_builds import (
 
 from codeflow.cli import cli
 from codeflow.dataset import Dataset
-from codeflow.pipeline import STEPS
+from codeflow.steps import STEPS
 
 Repositories = tuple[Path, Path, Path]
 OVERRIDES = [a for o in SMALL for a in ("--set", o)]

@@ -24,8 +24,9 @@ from engine_builds import (
 
 from codeflow.dataset import Dataset
 from codeflow.errors import DatasetError, UsageError
-from codeflow.pipeline import STAGES, STEPS, RunOptions, build, plan
+from codeflow.pipeline import RunOptions, build, plan
 from codeflow.recipe import Recipe
+from codeflow.steps import STAGES, STEPS
 
 Repositories = tuple[Path, Path, Path]
 LOCAL = RunOptions(executor="local", workers=2)
