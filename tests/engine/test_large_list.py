@@ -131,7 +131,7 @@ def private_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("executor", "size"), [("local", 1000), pytest.param("ray", 200, marks=needs_ray)]
+    ("executor", "size"), [("local", 1000), pytest.param("ray", 1000, marks=needs_ray)]
 )
 def test_everything_on_a_long_list_is_mined_a_fork_or_named_as_broken(
     repositories: Repositories, tmp_path: Path, executor: str, size: int
