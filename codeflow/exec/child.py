@@ -42,7 +42,7 @@ def call(func: str, args: dict[str, Any]) -> dict[str, Any]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             return {"status": "disk_full", "reason": printable(str(e))}
         return {"status": "failed", "reason": _describe(e)}
-    except Exception as e:
+    except Exception as e:  # reported as the outcome of this unit; the run goes on
         return {"status": "failed", "reason": _describe(e)}
 
 

@@ -126,7 +126,7 @@ def _row(dataset: Dataset, number: str) -> str:
 
 
 def _decisions(dataset: Dataset) -> str:
-    rows = dataset.read("decisions").filter(pc.field("keep") == False).to_pylist()  # noqa: E712
+    rows = dataset.read("decisions").filter(~pc.field("keep")).to_pylist()
     rows.sort(key=lambda d: (d["stage"], d["reason"], d["triple_id"]))
     lines = [f"{'triple':<17} {'stage':<7} {'reason':<17} detail"]
     lines += [f"{d['triple_id']:<17} {d['stage']:<7} {d['reason']:<17} {d['detail']}" for d in rows]
