@@ -6,7 +6,6 @@ import torch
 
 from codeflow.load import ShardDataset
 from codeflow.train.config import ModelConfig
-from codeflow.train.loss import cross_entropy
 from codeflow.train.model import LoopCoder
 from codeflow.train.trainer import collate
 
@@ -18,8 +17,7 @@ def main(path: str, steps: int = 100) -> float:
     loss = torch.zeros(())
     for step, row in zip(range(1, steps + 1), rows, strict=False):
         input_ids, labels, documents = collate([row], "cpu")
-        hidden = model(input_ids, documents).hidden
-        loss = cross_entropy(hidden, model.head_weight, labels) / (labels >= 0).sum().clamp(min=1)
+        loss = model(input_ids, documents, labels).loss / (labels >= 0).sum().clamp(min=1)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()

@@ -11,28 +11,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 
-from codeflow.errors import CodeflowError
-from codeflow.train.config import ModelConfig, read_hf_config, to_hf
+from codeflow.train.config import ModelConfig
+from codeflow.train.errors import CheckpointError
+from codeflow.train.hf import read_hf_config, to_hf
 from codeflow.train.model import LoopCoder
-
-_LEGACY_GATE = re.compile(r"model\.gate_projections\.(\d+)\.(weight|bias)")
-_GATE = re.compile(r"model\.layers\.\d+\.gate_projection\.(weight|bias)")
-
-
-class CheckpointError(CodeflowError):
-    """A checkpoint or weights folder is missing, damaged, or of another model."""
 
 
 def save(out: Path, step: int, model: LoopCoder, state: Mapping[str, Any], *, keep: int) -> Path:
@@ -107,60 +97,6 @@ def require_config(folder: Path, config: ModelConfig) -> None:
             f"{folder}: is another model: {'; '.join(differing)}. Repeat the size and settings of "
             "the first run, or start a new one in another folder."
         )
-
-
-def load_model(
-    folder: str | Path, *, backend: str = "sdpa", dtype: torch.dtype = torch.float32
-) -> LoopCoder:
-    """A model from an HF folder: `config.json` and one or more `*.safetensors` with weights.
-
-    Raises:
-        UsageError: `config.json` is unusable.
-        CheckpointError: The weights are.
-    """
-    config: ModelConfig = read_hf_config(folder)
-    model = LoopCoder(config, backend=backend, dtype=dtype)
-    load_weights(model, Path(folder))
-    return model
-
-
-def load_weights(model: LoopCoder, folder: Path) -> None:
-    """Fill a model from a folder; every name and shape must match.
-
-    Gates may have their old names (`model.gate_projections.N.*`). Weights of a dense Llama have
-    no gates: then, and only then, all gates become zero, which means half global, half local.
-
-    Raises:
-        CheckpointError: No weights there, or names or shapes that do not fit.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no model*.safetensors")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"{file}: cannot be read: {e}") from e
-    tensors = {
-        _LEGACY_GATE.sub(r"model.layers.\1.gate_projection.\2", n): t for n, t in tensors.items()
-    }
-    own = model.state_dict()
-    if not any(_GATE.fullmatch(name) for name in tensors):
-        tensors |= {n: torch.zeros_like(t) for n, t in own.items() if _GATE.fullmatch(n)}
-    problems = [f"{n} is missing" for n in own.keys() - tensors.keys()]
-    problems += [f"{n} is not part of the model" for n in tensors.keys() - own.keys()]
-    problems += [
-        f"{n} is {list(tensors[n].shape)}, the model has {list(own[n].shape)}"
-        for n in own.keys() & tensors.keys()
-        if own[n].shape != tensors[n].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise CheckpointError(
-            f"{folder}: weights do not fit its config.json ({len(problems)} differences): {shown}"
-        )
-    model.load_state_dict(tensors)
 
 
 def _steps(out: Path) -> list[Path]:

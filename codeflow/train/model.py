@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from codeflow.train.attention import BACKENDS, Attention, Documents
 from codeflow.train.config import ModelConfig
+from codeflow.train.loss import cross_entropy
 
 
 class Rope(NamedTuple):
@@ -44,10 +45,12 @@ class Output(NamedTuple):
         hidden: (T, hidden_size), normed: the input of the output layer.
         gate_means: (loop_num - 1, layers, heads) float32, mean over tokens, without gradient; the
             share of global attention.
+        loss: float32 scalar, the sum over targets; zero when no labels were given.
     """
 
     hidden: Tensor
     gate_means: Tensor
+    loss: Tensor
 
 
 class Linear(nn.Linear):
@@ -206,12 +209,16 @@ class LoopCoder(nn.Module):
         """Weight of the output layer, (vocab_size, hidden_size)."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, docs: Documents) -> Output:
-        """Hidden states of a flat batch, to be given to `loss.cross_entropy` or `logits`.
+    def forward(self, input_ids: Tensor, docs: Documents, labels: Tensor | None = None) -> Output:
+        """Hidden states of a flat batch and, with labels, their loss.
+
+        The loss is formed in here, and not by the caller, because a sharded model has its output
+        layer whole only during this call.
 
         Args:
             input_ids: int64 (T,).
             docs: Its documents.
+            labels: int64 (T,), already shifted, -100 where there is no target.
         """
         x = self.model.embed_tokens(input_ids).to(self.dtype)
         rope = rope_table(docs.positions, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -226,7 +233,11 @@ class LoopCoder(nn.Module):
                 gates.append(gate.detach().mean(0))
         shape = (self.config.loop_num - 1, self.config.num_hidden_layers, -1)
         means = torch.stack(gates).view(shape) if gates else x.new_zeros((0, 0, 0))
-        return Output(self.model.norm(x), means)
+        hidden = self.model.norm(x)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if labels is not None:
+            loss = cross_entropy(hidden, self.head_weight, labels)
+        return Output(hidden, means, loss)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, hidden_size) to (T, vocab_size); training never forms this tensor."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from codeflow.train.config import TrainConfig
+from codeflow.train.recipe import TrainConfig
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from codeflow.errors import CodeflowError, UsageError
 from codeflow.train.attention import BACKENDS, Documents
-from codeflow.train.checkpoint import load_model
-from codeflow.train.loss import IGNORE, cross_entropy
+from codeflow.train.hf import load_model
+from codeflow.train.loss import IGNORE
 from codeflow.train.model import LoopCoder, Output
 
 LOGITS, LOSS, GRADIENT, GATE, ADAMW, BFLOAT16 = 1e-4, 1e-5, 1e-4, 1e-5, 1e-4, 2.5e-2
@@ -69,9 +69,10 @@ class Batch:
         labels[cu_seqlens[1:].long() - 1] = IGNORE
         return cls(ids, labels, Documents.of(cu_seqlens.diff().tolist()))
 
-    def loss(self, model: LoopCoder, hidden: Tensor) -> Tensor:
-        count = (self.labels != IGNORE).sum().clamp(min=1)
-        return cross_entropy(hidden, model.head_weight, self.labels) / count
+    def run(self, model: LoopCoder) -> tuple[Output, Tensor]:
+        """The model's output and the mean loss per target."""
+        out: Output = model(self.input_ids, self.docs, self.labels)
+        return out, out.loss / (self.labels != IGNORE).sum().clamp(min=1)
 
 
 def compare(folder: str | Path, backend: str = "sdpa") -> list[Difference]:
@@ -99,8 +100,7 @@ def compare(folder: str | Path, backend: str = "sdpa") -> list[Difference]:
 
 def _compare_batch(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator[Difference]:
     model = load_model(folder, backend=backend)
-    out: Output = model(b.input_ids, b.docs)
-    loss = b.loss(model, out.hidden)
+    out, loss = b.run(model)
     yield _largest("logits", model.logits(out.hidden), e, LOGITS)
     yield _largest("hidden_final_norm", out.hidden, e, LOGITS)
     yield _largest("loss", loss, e, LOSS)
@@ -112,8 +112,7 @@ def _compare_batch(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator
 
 def _compare_packed(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator[Difference]:
     model = load_model(folder, backend=backend)
-    out: Output = model(b.input_ids, b.docs)
-    loss = b.loss(model, out.hidden)
+    out, loss = b.run(model)
     yield _largest("packed_logits", model.logits(out.hidden), e, LOGITS)
     yield _largest("packed_loss", loss, e, LOSS)
     torch.autograd.backward(loss)
@@ -129,7 +128,7 @@ def _compare_adamw(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator
     losses, norms = [], []
     for _ in range(max(len(e.get(key, ())) for key in ("adamw_losses", "adamw_grad_norms"))):
         optimizer.zero_grad()
-        loss = b.loss(model, model(b.input_ids, b.docs).hidden)
+        loss = b.run(model)[1]
         torch.autograd.backward(loss)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
@@ -142,8 +141,8 @@ def _compare_bfloat16(folder: Path, backend: str, b: Batch, e: Tensors) -> Itera
     """Against the float32 logits and against another implementation's bfloat16 ones."""
     model = load_model(folder, backend=backend, dtype=torch.bfloat16)
     with torch.no_grad():
-        hidden = model(b.input_ids, b.docs).hidden
-        logits, loss = model.logits(hidden).float(), b.loss(model, hidden)
+        out, loss = b.run(model)
+        logits = model.logits(out.hidden).float()
     yield _relative("logits", logits, e, BFLOAT16, name="logits in bfloat16")
     yield _relative("logits_bf16_model", logits, e, BFLOAT16)
     yield _relative("loss_bf16_model", loss, e, BFLOAT16)

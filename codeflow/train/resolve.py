@@ -9,7 +9,8 @@ from typing import Any
 from codeflow.errors import UsageError, did_you_mean
 from codeflow.load import Manifest
 from codeflow.settings import build, read_toml, with_overrides
-from codeflow.train.config import SIZES, RunConfig
+from codeflow.train.config import SIZES
+from codeflow.train.recipe import RunConfig
 
 
 def resolve(

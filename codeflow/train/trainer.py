@@ -16,21 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codeflow.errors import CodeflowError, UsageError
+from codeflow.errors import UsageError
 from codeflow.load import Manifest, PackedRow, ShardDataset, read_manifest
 from codeflow.train import checkpoint
 from codeflow.train.attention import Documents
-from codeflow.train.config import ModelConfig, RunConfig, TrainConfig
+from codeflow.train.config import ModelConfig
+from codeflow.train.errors import TrainingError
 from codeflow.train.flops import parameter_count, training_flops
-from codeflow.train.loss import IGNORE, cross_entropy
+from codeflow.train.hf import load_weights
+from codeflow.train.loss import IGNORE
 from codeflow.train.metrics import Metrics, say
 from codeflow.train.model import LoopCoder
 from codeflow.train.optim import learning_rate, make_optimizer, set_learning_rate
+from codeflow.train.recipe import RunConfig, TrainConfig
 from codeflow.train.resolve import resolve
-
-
-class TrainingError(CodeflowError):
-    """Training cannot go on with these settings."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def train(
         total = torch.zeros((), device=device)
         for i in range(0, len(batch), config.micro_rows):
             ids, labels, docs = collate(batch[i : i + config.micro_rows], device)
-            output = model(ids, docs)
-            loss = cross_entropy(output.hidden, model.head_weight, labels) / max(1, targets)
+            output = model(ids, docs, labels)
+            loss = output.loss / max(1, targets)
             torch.autograd.backward(loss)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -249,7 +248,7 @@ def _restore(
     found: Path, model: LoopCoder, optimizer: torch.optim.Optimizer, stream: ShardDataset
 ) -> Progress:
     checkpoint.require_config(found, model.config)
-    checkpoint.load_weights(model, found)
+    load_weights(model, found)
     state = checkpoint.load_state(found)
     optimizer.load_state_dict(state["optimizer"])
     stream.load_state_dict(state["loader"])

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from codeflow.errors import RecipeError, UsageError
 from codeflow.train import checkpoint
-from codeflow.train.checkpoint import CheckpointError, load_model, load_state, save
-from codeflow.train.config import ModelConfig, read_hf_config, to_hf
+from codeflow.train.checkpoint import load_state, save
+from codeflow.train.config import ModelConfig
+from codeflow.train.errors import CheckpointError
+from codeflow.train.hf import load_model, read_hf_config, to_hf
 from codeflow.train.model import LoopCoder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "loopcoder"

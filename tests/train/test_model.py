@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from codeflow.train.attention import Documents
-from codeflow.train.checkpoint import load_model
 from codeflow.train.config import ModelConfig
 from codeflow.train.flops import parameter_count, training_flops
+from codeflow.train.hf import load_model
 from codeflow.train.loss import cross_entropy
 from codeflow.train.model import LoopCoder, Rope, rope_table, rotate
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codeflow.train.config import ModelConfig, TrainConfig
+from codeflow.train.config import ModelConfig
 from codeflow.train.model import LoopCoder
 from codeflow.train.optim import decays, learning_rate, make_optimizer, set_learning_rate
+from codeflow.train.recipe import TrainConfig
 
 
 @given(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from codeflow.train.checkpoint import load_model
+from codeflow.train.hf import load_model
 from codeflow.train.parity import Batch, Difference, compare, main
 
 GOLDEN = Path(__file__).parents[1] / "data" / "loopcoder"

@@ -13,12 +13,14 @@ from shard_factory import Row, random_rows, stdlib_texts, text_rows, write_shard
 
 from codeflow.errors import RecipeError, ShardError, UsageError
 from codeflow.load import read_manifest
-from codeflow.train import trainer
+from codeflow.train import model, trainer
 from codeflow.train.__main__ import main, summary
-from codeflow.train.checkpoint import CheckpointError, load_model, load_state
+from codeflow.train.checkpoint import load_state
+from codeflow.train.errors import CheckpointError, TrainingError
+from codeflow.train.hf import load_model
 from codeflow.train.metrics import Metrics
 from codeflow.train.resolve import resolve
-from codeflow.train.trainer import TrainingError, TrainResult, run
+from codeflow.train.trainer import TrainResult, run
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -147,8 +149,8 @@ def test_metrics_of_a_killed_run_lose_their_tail(tmp_path: Path) -> None:
 def test_an_explosion_stops_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.cross_entropy
-    monkeypatch.setattr(trainer, "cross_entropy", lambda *a: real(*a) * float("nan"))
+    real = model.cross_entropy
+    monkeypatch.setattr(model, "cross_entropy", lambda *a: real(*a) * float("nan"))
     with pytest.raises(TrainingError, match=r"step 1: loss nan.*learning_rate.*Rows .*\[\d+\]"):
         small(data, tmp_path, 3)
     assert not (tmp_path / "checkpoints").exists()
