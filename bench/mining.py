@@ -42,7 +42,7 @@ from codeflow.mine.history import mainline, maturity_window
 from codeflow.mine.objects import EMPTY_TREE, Objects
 from codeflow.mine.refs import find_git_dir, pinned_head
 from codeflow.mine.snapshot import FirstSeen, Snapshot
-from codeflow.mine.triple import net_change, prove
+from codeflow.mine.triple import Prover, net_change
 from codeflow.recipe import MineSettings, Recipe
 from codeflow.tables import BLOBS
 from codeflow.work import Work
@@ -153,11 +153,8 @@ def planned(repository: Path) -> dict[str, Any]:
 def with_codeflow(job: Job) -> int:
     objects = Objects(find_git_dir(job.repository).objects, SETTINGS.max_blob_bytes)
     total = 0
-    for known in job.commits:
-        commit = parse_commit(known.id, objects.commit(known.id))
-        old = EMPTY_TREE
-        if commit.parents:
-            old = parse_commit(commit.parents[0], objects.commit(commit.parents[0])).tree
+    for parent, commit in with_parents(objects, job.commits):
+        old = parent.tree if parent else EMPTY_TREE
         if old == commit.tree:
             continue
         for file in net_change(objects, old, commit.tree, SETTINGS).files:
@@ -168,18 +165,28 @@ def with_codeflow(job: Job) -> int:
     return total
 
 
+def with_parents(objects: Objects, commits: list[Commit]) -> Iterator[tuple[Commit | None, Commit]]:
+    """Each commit with its first parent, which on a mainline is mostly the one before it."""
+    last: Commit | None = None
+    for known in commits:
+        commit = parse_commit(known.id, objects.commit(known.id))
+        parent = commit.parents[0] if commit.parents else None
+        if parent is not None and (last is None or last.id != parent):
+            last = parse_commit(parent, objects.commit(parent))
+        yield last if parent else None, commit
+        last = commit
+
+
 def with_replay(job: Job) -> int:
     objects = Objects(find_git_dir(job.repository).objects, SETTINGS.max_blob_bytes)
     ends: list[Commit] = []  # the commit before and the commit, in pairs
     triples: list[mine.Triple] = []
-    snapshot = Snapshot()
-    for known in job.commits:
-        commit = parse_commit(known.id, objects.commit(known.id))
-        if not commit.parents:
+    snapshot, prover = Snapshot(), Prover(objects)
+    for parent, commit in with_parents(objects, job.commits):
+        if parent is None:
             continue
-        parent = parse_commit(commit.parents[0], objects.commit(commit.parents[0]))
         change = net_change(objects, parent.tree, commit.tree, SETTINGS)
-        prove(objects, parent.tree, commit.tree, change)
+        prover.prove(parent.tree, commit.tree, change)
         triples.append(mine.Triple(len(ends), len(ends) + 1, "commit", change))
         ends += [parent, commit]
         for file in change.files:

@@ -2,14 +2,13 @@
 
 libgit2 is given an object database without a repository around it, so neither configuration nor
 attributes nor refs can change what comes out. Its own hash check is switched off (1.7x faster) and
-replaced by OpenSSL's SHA-1 on every object that is stored: the same guarantee, 3x the speed.
+replaced by OpenSSL's SHA-1 the first time an object is read: the same guarantee, 3x the speed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +65,21 @@ class CorruptObject(ValueError):
     """Content does not hash to its id, or cannot be read as what it should be."""
 
 
-@contextmanager
-def _reading() -> Iterator[None]:
-    """What libgit2 says of damaged objects, as `CorruptObject`; a missing one stays a KeyError."""
-    try:
-        yield
-    except KeyError:
-        raise
-    except pygit2.GitError as e:
-        raise CorruptObject(f"damaged object: {e}") from e
+class _Reading:
+    """What libgit2 says of damaged objects, as `CorruptObject`; a missing one stays a KeyError.
+
+    A class, because a generator's context manager costs as much as reading a small object.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, pygit2.GitError) and not isinstance(error, KeyError):
+            raise CorruptObject(f"damaged object: {error}") from error
+
+
+_READING = _Reading()
 
 
 class Objects:
@@ -88,6 +93,7 @@ class Objects:
         self._info: dict[str, BlobInfo] = {}
         self._recent: dict[str, bytes] = {}  # in order of use
         self._recent_bytes = 0
+        self._verified: set[str] = set()  # blobs whose content was hashed
 
     def commit(self, commit: str) -> bytes:
         """Raw commit object. KeyError when missing, CorruptObject when it is not what it claims."""
@@ -106,7 +112,7 @@ class Objects:
         """
         data = self._recent.pop(blob, None)
         if data is None:
-            data = self._checked(blob, b"blob")
+            data = self._verified_once(blob)
             self._recent_bytes += len(data)
             while self._recent_bytes > _RECENT_BYTES and self._recent:
                 oldest = next(iter(self._recent))
@@ -116,7 +122,7 @@ class Objects:
 
     def peeled(self, name: str) -> str:
         """The commit a tag object leads to; the id itself where it is no tag."""
-        with _reading():
+        with _READING:
             found = self._repository[name]
             return str(found.peel(pygit2.Commit).id if isinstance(found, pygit2.Tag) else found.id)
 
@@ -132,7 +138,7 @@ class Objects:
 
     def deltas(self, old_tree: str, new_tree: str) -> Iterator[Delta]:
         """Changed paths without rename detection: cheap, reads trees only."""
-        with _reading():
+        with _READING:
             for delta in self._diff(old_tree, new_tree).deltas:
                 yield _delta(delta)
 
@@ -144,7 +150,7 @@ class Objects:
         A section is empty where a patch has nothing to say or must not be built: content that is
         no text or too large, on either side.
         """
-        with _reading():
+        with _READING:
             diff = self._diff(old_tree, new_tree)
             letters = {d.status_char() for d in diff.deltas}
             if "A" in letters and "D" in letters:
@@ -170,7 +176,7 @@ class Objects:
         if old is None or new is None:
             data = self.blob(old or new or "")
             return data.count(b"\n") + (not data.endswith(b"\n") and data != b"")
-        with _reading():
+        with _READING:
             patch: pygit2.Patch = self._read(old).diff(self._read(new))
             _, added, deleted = patch.line_stats
         return int(added + deleted)
@@ -205,7 +211,7 @@ class Objects:
 
     def _classify(self, blob: str) -> BlobInfo:
         try:
-            with _reading():
+            with _READING:
                 size = self._odb.read_header(blob)[1]
             if size > self._max_blob_bytes:
                 return BlobInfo("too_large", size)
@@ -216,8 +222,17 @@ class Objects:
             return BlobInfo("binary", size)
         return BlobInfo("lfs" if data.startswith(_LFS) else "text", size)
 
+    def _verified_once(self, blob: str) -> bytes:
+        if blob not in self._verified:
+            data = self._checked(blob, b"blob")
+            self._verified.add(blob)
+            return data
+        with _READING:
+            again: bytes = self._odb.read(blob)[1]
+        return again
+
     def _checked(self, name: str, kind: bytes) -> bytes:
-        with _reading():
+        with _READING:
             data: bytes = self._odb.read(name)[1]
         if git_hash(kind, data) != name:
             raise CorruptObject(f"{kind.decode()} {name} is damaged: its content has another hash")

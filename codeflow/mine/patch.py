@@ -48,63 +48,60 @@ def apply_section(old: bytes, section: bytes) -> bytes:
     Raises:
         PatchError: A context or deleted line differs from `old`, or the section is malformed.
     """
-    lines = _lines(section)
-    at = next((i for i, line in enumerate(lines) if line.startswith(b"@@ ")), len(lines))
-    if at == len(lines):
+    lines = section.split(b"\n")
+    if lines.pop():
+        raise PatchError("the last line is cut short")
+    # In a hunk every line begins with a space, a sign or a backslash, so these are headers.
+    headers = [i for i, line in enumerate(lines) if line[:3] == b"@@ "]
+    if not headers:
         return old
     # Only the lines that hunks name are ever looked at: a file is its bytes and its line ends.
-    ends = np.flatnonzero(np.frombuffer(old, dtype=np.uint8) == ord("\n")) + 1
-    starts = np.concatenate(([0], ends, [len(old)] if not old.endswith(b"\n") and old else []))
-    starts = starts.astype(np.int64).tolist()
-    n_lines = len(starts) - 1
+    ends = np.flatnonzero(np.frombuffer(old, dtype=np.uint8) == ord("\n"))
+    n_lines = len(ends) + (bool(old) and not old.endswith(b"\n"))
+
+    def offset(line: int) -> int:
+        return int(ends[line - 1]) + 1 if 0 < line <= len(ends) else len(old) if line else 0
+
     result, position = [], 0
-    while at < len(lines):
+    for at, end in itertools.pairwise([*headers, len(lines)]):
         old_start, old_count, new_count = _hunk_header(lines[at])
         start = old_start - 1 if old_count else old_start
         if not position <= start <= n_lines:
             raise PatchError(f"hunk at old line {old_start} is out of order or past the end")
-        before, after, at = _hunk_body(lines, at + 1, old_count, new_count)
+        before, after = _hunk_sides(lines[at + 1 : end], old_count, new_count)
         if start + old_count > n_lines:
             raise PatchError(f"hunk at old line {old_start} goes past the end")
-        expected = b"".join(before)
-        if old[starts[start] : starts[start + old_count]] != expected:
+        if old[offset(start) : offset(start + old_count)] != before:
             raise PatchError(f"old lines from {start + 1} on are not what the patch expects")
-        result += [old[starts[position] : starts[start]], *after]
+        result += [old[offset(position) : offset(start)], after]
         position = start + old_count
-    return b"".join([*result, old[starts[position] :]])
+    return b"".join([*result, old[offset(position) :]])
 
 
-def _hunk_body(
-    lines: list[bytes], at: int, old_count: int, new_count: int
-) -> tuple[list[bytes], list[bytes], int]:
-    """Old lines and new lines of the hunk whose first line is `at`, and where the next one starts.
+def _hunk_sides(lines: list[bytes], old_count: int, new_count: int) -> tuple[bytes, bytes]:
+    """Old text and new text of a hunk, given its lines without their newlines."""
+    before = [line[1:] for line in lines if line[:1] in (b" ", b"-")]
+    after = [line[1:] for line in lines if line[:1] in (b" ", b"+")]
+    if len(before) != old_count or len(after) != new_count:
+        raise PatchError("a hunk does not hold the lines that its header says")
+    both = sum(line[:1] == b" " for line in lines)
+    if len(before) + len(after) - both == len(lines):
+        return b"\n".join([*before, b""]), b"\n".join([*after, b""])
+    return _with_open_ends(lines)
 
-    Counts, never the look of a line, decide where it ends.
-    """
-    before: list[bytes] = []
-    after: list[bytes] = []
-    while (
-        len(before) < old_count
-        or len(after) < new_count
-        or (at < len(lines) and lines[at][:1] == b"\\")
-    ):
-        if at >= len(lines):
-            raise PatchError("the last hunk is cut short")
-        sign, body = lines[at][:1], lines[at][1:]
-        at += 1
-        if sign == b"\\":
-            continue
-        if at < len(lines) and lines[at][:1] == b"\\":
-            body = body.removesuffix(b"\n")
+
+def _with_open_ends(lines: list[bytes]) -> tuple[bytes, bytes]:
+    """`_hunk_sides` where a backslash line says that the line before it ends without a newline."""
+    before, after = [], []
+    for line, following in itertools.pairwise([*lines, b""]):
+        sign, body = line[:1], line[1:] + b"\n" * (following[:1] != b"\\")
+        if sign not in (b" ", b"-", b"+", b"\\"):
+            raise PatchError(f"unexpected line in a hunk: {line[:40]!r}")
         if sign in (b" ", b"-"):
             before.append(body)
         if sign in (b" ", b"+"):
             after.append(body)
-        if sign not in (b" ", b"-", b"+"):
-            raise PatchError(f"unexpected line in a hunk: {sign + body[:40]!r}")
-    if len(before) > old_count or len(after) > new_count:
-        raise PatchError("a hunk holds more lines than its header says")
-    return before, after, at
+    return b"".join(before), b"".join(after)
 
 
 def _lines(data: bytes) -> list[bytes]:

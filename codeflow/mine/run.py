@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -18,7 +17,7 @@ from codeflow.mine.objects import CorruptObject, Objects
 from codeflow.mine.refs import GitDir, tags
 from codeflow.mine.snapshot import Snapshot
 from codeflow.mine.survey import time_progress
-from codeflow.mine.triple import NetChange, Unprovable, net_change, prove, triple_id
+from codeflow.mine.triple import NetChange, Prover, Unprovable, net_change, triple_id
 from codeflow.paths import is_test, language_of
 from codeflow.recipe import MineSettings, Recipe
 from codeflow.tables import BLOBS
@@ -103,9 +102,10 @@ def find_triples(objects: Objects, flow: Flow, offset: int) -> tuple[list[Triple
     """
     triples: list[Triple] = []
     rejected: Counter[str] = Counter()
+    prover = Prover(objects)
     start = 0
     while start < len(flow.states) - 1:
-        found = _first_proven(objects, flow, start, rejected)
+        found = _first_proven(objects, prover, flow, start, rejected)
         if found is None:
             start += 1
             continue
@@ -116,7 +116,7 @@ def find_triples(objects: Objects, flow: Flow, offset: int) -> tuple[list[Triple
 
 
 def _first_proven(
-    objects: Objects, flow: Flow, start: int, rejected: Counter[str]
+    objects: Objects, prover: Prover, flow: Flow, start: int, rejected: Counter[str]
 ) -> tuple[int, str, NetChange] | None:
     settings = flow.settings
     # With renames found, a change can be smaller than the band's search counted.
@@ -130,7 +130,7 @@ def _first_proven(
             if not least <= change.lines <= most:
                 continue
             try:
-                prove(objects, old, new, change)
+                prover.prove(old, new, change)
             except Unprovable:
                 rejected["unprovable"] += 1
                 continue
@@ -173,8 +173,14 @@ def _snapshot(
 
 def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.RecordBatch]:
     """Blob rows in batches bounded by rows and bytes; contents are read as they are written."""
-    rows: list[dict[str, Any]] = []
-    pending = 0
+    repo_id, pending = work.facts["repo_id"], 0
+    rows: list[tuple[str, str, bytes, str, int, bytes | None]] = []
+
+    def batch() -> pa.RecordBatch:
+        columns = zip(*rows, strict=True)
+        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, BLOBS.schema, strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, schema=BLOBS.schema)
+
     for blob, first in snapshot.blobs_in_order():
         try:
             info = objects.blob_info(blob, first.mode)
@@ -183,23 +189,13 @@ def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.Reco
             kind, size = info.kind, info.size
         except (KeyError, CorruptObject):
             kind, size, data = "missing", -1, None
-        path = first.path
-        rows.append(
-            {
-                "repo_id": work.facts["repo_id"],
-                "blob": blob,
-                "path": path,
-                "kind": kind,
-                "size": size,
-                "data": data,
-            }
-        )
+        rows.append((repo_id, blob, first.path, kind, size, data))
         pending += len(data or b"")
         if len(rows) == BLOBS.row_group_rows or pending >= _BATCH_BYTES:
-            yield pa.RecordBatch.from_pylist(rows, schema=BLOBS.schema)
+            yield batch()
             rows, pending = [], 0
     if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=BLOBS.schema)
+        yield batch()
 
 
 def _write_commits(

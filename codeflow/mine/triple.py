@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from codeflow.mine.merkle import changed_tree
+from codeflow.mine.merkle import TreeSplicer
 from codeflow.mine.objects import CorruptObject, Delta, Objects
 from codeflow.mine.patch import PatchError, apply_section
 from codeflow.paths import is_code, is_safe, is_test
@@ -87,37 +87,47 @@ def net_change(objects: Objects, old_tree: str, new_tree: str, settings: MineSet
     return NetChange(files)
 
 
-def prove(objects: Objects, old_tree: str, new_tree: str, change: NetChange) -> None:
-    """Replay the patch on the old contents and hash: every new blob, then the whole new tree.
+class Prover:
+    """Proves changes of one repository; quickest when they follow one another."""
 
-    Raises:
-        Unprovable: A hostile path, a hunk that does not fit, or a hash that differs.
-    """
-    edits: dict[bytes, tuple[int, str] | None] = {}
-    for file in change.files:
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self._trees = objects, TreeSplicer(objects.tree)
+
+    def prove(self, old_tree: str, new_tree: str, change: NetChange) -> None:
+        """Replay the patch on the old contents, compare every new one, then the whole new tree.
+
+        Raises:
+            Unprovable: A hostile path, a hunk that does not fit, or a hash that differs.
+        """
+        edits: dict[bytes, tuple[int, str] | None] = {}
+        for file in change.files:
+            delta = file.delta
+            for path in (delta.old_path, delta.new_path):
+                if not is_safe(path):
+                    raise Unprovable(f"hostile path {path!r}")
+            if delta.old_blob is not None:
+                edits.setdefault(delta.old_path, None)
+            if delta.new_blob is not None:
+                edits[delta.new_path] = (delta.new_mode, delta.new_blob)
+            if file.section and delta.old_blob != delta.new_blob:
+                self._replay(file)
+        try:
+            proven = self._trees.leads_to(old_tree, new_tree, edits)
+        except (KeyError, ValueError) as e:
+            raise Unprovable(f"tree of R_old: {e}") from e
+        if not proven:
+            raise Unprovable(f"the changed files do not lead to tree {new_tree}")
+
+    def _replay(self, file: FileChange) -> None:
         delta = file.delta
-        for path in (delta.old_path, delta.new_path):
-            if not is_safe(path):
-                raise Unprovable(f"hostile path {path!r}")
-        if delta.old_blob is not None:
-            edits.setdefault(delta.old_path, None)
-        if delta.new_blob is not None:
-            edits[delta.new_path] = (delta.new_mode, delta.new_blob)
-        if file.section and delta.old_blob != delta.new_blob:
-            try:
-                old = objects.blob(delta.old_blob) if delta.old_blob else b""
-                new = objects.blob(delta.new_blob) if delta.new_blob else b""
-                same = new == apply_section(old, file.section)
-            except (PatchError, CorruptObject, KeyError) as e:
-                raise Unprovable(f"{file.path!r}: {e}") from e
-            if not same:
-                raise Unprovable(f"{file.path!r}: the patch leads to other content")
-    try:
-        rebuilt = changed_tree(objects.tree, old_tree, edits)
-    except (KeyError, ValueError) as e:
-        raise Unprovable(f"tree of R_old: {e}") from e
-    if rebuilt != new_tree:
-        raise Unprovable(f"the rebuilt tree is {rebuilt}, not {new_tree}")
+        try:
+            old = self._objects.blob(delta.old_blob) if delta.old_blob else b""
+            new = self._objects.blob(delta.new_blob) if delta.new_blob else b""
+            same = new == apply_section(old, file.section)
+        except (PatchError, CorruptObject, KeyError) as e:
+            raise Unprovable(f"{file.path!r}: {e}") from e
+        if not same:
+            raise Unprovable(f"{file.path!r}: the patch leads to other content")
 
 
 def triple_id(repo_id: str, old_commit: str, new_commit: str) -> str:

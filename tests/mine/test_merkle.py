@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from repo_builder import EXECUTABLE, FILE, GITLINK, LINK, Repo, git, objects_of
 
-from codeflow.mine.merkle import changed_tree, format_tree, parse_tree
+from codeflow.mine.merkle import TreeSplicer, changed_tree, format_tree, parse_tree
 from codeflow.mine.objects import EMPTY_TREE, git_hash
 
 # Few names, so that files and folders often want the same one; `.` and `-` sort before `/`.
@@ -55,6 +56,40 @@ def test_an_edited_tree_has_the_id_git_gives_it(
     assert changed_tree(objects.tree, root, removed | changed) == expected
     assert changed_tree(objects.tree, root, changed | removed) == expected  # order is no matter
     assert changed_tree(objects.tree, root, {}) == root
+    for keep in (0, 1 << 20):  # trees are forgotten, or none is
+        splicer = TreeSplicer(objects.tree, keep)
+        assert splicer.leads_to(root, expected, removed | changed)
+        assert splicer.leads_to(root, root, {})
+        assert splicer.leads_to(root, root, changed | removed) == (root == expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(states, min_size=2, max_size=5))
+def test_a_splicer_keeps_what_a_step_made_for_the_next(
+    repo: Repo, walk: list[dict[bytes, tuple[int, str]]]
+) -> None:
+    objects, roots = objects_of(repo), [git_tree(repo, state) for state in walk]
+    splicer = TreeSplicer(objects.tree)
+    for (old, old_root), (new, new_root) in itertools.pairwise(zip(walk, roots, strict=True)):
+        edits = {p: new.get(p) for p in old | new if old.get(p) != new.get(p)}
+        assert splicer.leads_to(old_root, new_root, edits)
+
+
+@pytest.mark.parametrize("bait", [b"x 100644 name", b"100644 name", b"n 40000 name", b"40000 name"])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_name_that_looks_like_an_entry_misleads_no_proof(
+    tmp_path: Path, bait: bytes, present: bool
+) -> None:
+    repo = Repo(tmp_path / "r.git")
+    name = {b"name": b"1"} if present else {}
+    # Ids of many contents, so that some end in the zero byte that would make the bait look true.
+    for i in range(40):
+        files = {bait: b"%d" % i, b"a": b"%d" % i}
+        old, new = repo.tree(files | name), repo.tree(files | {b"name": b"2"})
+        edit = {b"name": (FILE, git_hash(b"blob", b"2"))}
+        splicer = TreeSplicer(objects_of(repo).tree)
+        assert splicer.leads_to(old, new, edit)
+        assert not splicer.leads_to(old, old, edit)
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from repo_builder import EXECUTABLE, GITLINK, LINK, WIDE, Repo, git, mine, objects_of, text
 
-from codeflow.mine.triple import net_change, prove
+from codeflow.mine.triple import Prover, net_change
 from codeflow.recipe import MineSettings
 
 STEP = WIDE | {"max_commits": 1}
@@ -176,7 +176,7 @@ def test_three_thousand_renames_stay_cheap(tmp_path: Path) -> None:
     (triple,) = mine(repo.path, tmp_path / "data", **STEP).rows("triples")
     assert (triple["old_commit"], triple["n_files"]) == (commits[1], 1)
     change = net_change(objects_of(repo), *trees, MineSettings())
-    prove(objects_of(repo), *trees, change)
+    Prover(objects_of(repo)).prove(*trees, change)
     assert time.process_time() - started < 10
 
 
