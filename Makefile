@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_APART := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
+TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+TRANSFORMERS_5 := transformers==5.23.0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench setup tools clean
@@ -46,10 +49,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) -e '.[train]'
 	@touch $@
 
-# Ray and a local object store, for their tests, make this the larger part.
-$(VENV)/.tools: $(VENV)/.installed
+# Ray and a local object store, for their tests, make this the larger part. The exported models are
+# tested in two versions of transformers, each in a folder of its own with what it alone needs.
+$(VENV)/.tools: $(VENV)/.installed Makefile
 	@echo "installing the tools of the tests"
 	@$(PIP) -e '.[dev]'
+	@rm -rf $(VENV)/transformers-4 $(VENV)/transformers-5
+	@$(PIP_APART) --target $(VENV)/transformers-4 $(TRANSFORMERS_4)
+	@$(PIP_APART) --target $(VENV)/transformers-5 $(TRANSFORMERS_5)
 	@touch $@
 
 clean: ## remove the virtual environment and everything built

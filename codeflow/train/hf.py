@@ -1,132 +1,104 @@
-"""Models in the format of the Hugging Face hub: `config.json` and `*.safetensors`."""
+"""Models in the format of the Hugging Face hub, in and out.
+
+    python -m codeflow.train.hf export CHECKPOINT OUT [--target vllm] [--tokenizer tokenizer.json]
+    python -m codeflow.train.hf import FOLDER OUT [--loops 2] [--fold]
+
+`import` turns a dense Llama or a LoopCoder into a folder to train from; `export` a checkpoint into
+one that transformers and vLLM load.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-from collections.abc import Mapping
+import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from codeflow.errors import UsageError
-from codeflow.settings import build
+from codeflow.errors import CodeflowError, UsageError
+from codeflow.settings import build, to_mapping
 from codeflow.train.config import ModelConfig
-from codeflow.train.errors import CheckpointError
+from codeflow.train.hf_config import read_hf_config, to_hf
+from codeflow.train.hf_export import SHARD_BYTES, Target, export
+from codeflow.train.hf_weights import load_model, load_weights
+from codeflow.train.initialise import initialise_from
 from codeflow.train.model import LoopCoder
 
-_LEGACY_GATE = re.compile(r"model\.gate_projections\.(\d+)\.(weight|bias)")
-_GATE = re.compile(r"model\.layers\.\d+\.gate_projection\.(weight|bias)")
+__all__ = ["export", "initialise_from", "load_model", "load_weights", "read_hf_config", "to_hf"]
 
 
-def load_model(
-    folder: str | Path, *, backend: str = "sdpa", dtype: torch.dtype = torch.float32
-) -> LoopCoder:
-    """A model from an HF folder: `config.json` and one or more `*.safetensors` with weights.
-
-    Raises:
-        UsageError: `config.json` is unusable.
-        CheckpointError: The weights are.
-    """
-    config: ModelConfig = read_hf_config(folder)
-    model = LoopCoder(config, backend=backend, dtype=dtype)
-    load_weights(model, Path(folder))
-    return model
-
-
-def load_weights(model: LoopCoder, folder: Path) -> None:
-    """Fill a model from a folder; every name and shape must match.
-
-    Gates may have their old names (`model.gate_projections.N.*`). Weights of a dense Llama have
-    no gates: then, and only then, all gates become zero, which means half global, half local.
-
-    Raises:
-        CheckpointError: No weights there, or names or shapes that do not fit.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no model*.safetensors")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"{file}: cannot be read: {e}") from e
-    tensors = {
-        _LEGACY_GATE.sub(r"model.layers.\1.gate_projection.\2", n): t for n, t in tensors.items()
-    }
-    own = model.state_dict()
-    if not any(_GATE.fullmatch(name) for name in tensors):
-        tensors |= {n: torch.zeros_like(t) for n, t in own.items() if _GATE.fullmatch(n)}
-    problems = [f"{n} is missing" for n in own.keys() - tensors.keys()]
-    problems += [f"{n} is not part of the model" for n in tensors.keys() - own.keys()]
-    problems += [
-        f"{n} is {list(tensors[n].shape)}, the model has {list(own[n].shape)}"
-        for n in own.keys() & tensors.keys()
-        if own[n].shape != tensors[n].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise CheckpointError(
-            f"{folder}: weights do not fit its config.json ({len(problems)} differences): {shown}"
-        )
-    model.load_state_dict(tensors)
-
-
-def read_hf_config(folder: str | Path) -> ModelConfig:
-    """The model of an HF `config.json`.
-
-    Raises:
-        UsageError: No readable `config.json`, a field missing, or one that asks for mathematics
-            that this model does not have.
-    """
-    file = Path(folder) / "config.json"
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{file}: cannot be read as a model configuration: {e}") from e
-    _refuse_other_mathematics(content, file)
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    rope = content.get("rope_parameters") or {}  # where transformers 5 keeps rope_theta
-    known = {k: v for k, v in (rope | content).items() if k in names and v is not None}
-    required = names - {"head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings"}
-    required -= {"loop_num", "loop_window_size", "initializer_range"}
-    if missing := sorted(required - known.keys()):
-        raise UsageError(f"{file}: lacks {', '.join(missing)}")
-    known.setdefault("loop_num", 1)  # a Llama, not the default of our own recipes
-    config = build(ModelConfig, known, str(file))
-    if "head_dim" in known:
-        return config
-    return dataclasses.replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+        out = _export(options) if options.command == "export" else _import(options)
+    except CodeflowError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    print(out)
+    return 0
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a model, with the names that other tools know it by."""
-    return {
-        "architectures": ["IQuestLoopCoderForCausalLM"],
-        "model_type": "iquestloopcoder",
-        "hidden_act": "silu",
-        "rope_scaling": None,
-        "attention_dropout": 0.0,
-        "torch_dtype": "float32",
-        **dataclasses.asdict(config),
+def _export(options: argparse.Namespace) -> Path:
+    return export(
+        options.checkpoint,
+        options.out,
+        target=options.target,
+        shard_bytes=options.shard_bytes,
+        dtype=getattr(torch, options.dtype),
+        tokenizer=options.tokenizer,
+    )
+
+
+def _import(options: argparse.Namespace) -> Path:
+    source = read_hf_config(options.folder)
+    given = {
+        "loop_num": options.loops,
+        "loop_window_size": options.window,
+        "vocab_size": options.vocab_size,
     }
+    if options.fold:
+        if options.loops < 2 or source.num_hidden_layers % options.loops:
+            raise UsageError(
+                f"--fold: {source.num_hidden_layers} layers do not fold into {options.loops} "
+                "loops; --loops must be a divisor of them above 1"
+            )
+        given["num_hidden_layers"] = source.num_hidden_layers // options.loops
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = build(ModelConfig, to_mapping(source) | changes, "import")
+    with torch.device("meta"):  # all weights come from the source
+        model = LoopCoder(config)
+    model.to_empty(device="cpu")
+    initialise_from(model, options.folder, fold=options.fold)
+    return export(model, options.out)
 
 
-def _refuse_other_mathematics(content: Mapping[str, Any], file: Path) -> None:
-    if not isinstance(content, dict):
-        raise UsageError(f"{file}: is not a JSON object")
-    expected = {"hidden_act": "silu", "rope_scaling": None, "attention_dropout": 0.0}
-    for key, value in expected.items():
-        if content.get(key, value) != value:
-            raise UsageError(f"{file}: {key} {content[key]!r} is not supported, only {value!r}")
-    rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise UsageError(f"{file}: rope_parameters {rope!r}: only the default RoPE is supported")
-    if variant := sorted(key for key in content if key.startswith("plt_")):
-        raise UsageError(f"{file}: {', '.join(variant)}: this loop variant is not supported")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m codeflow.train.hf")
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("export", help="a checkpoint for transformers or vLLM")
+    out.add_argument("checkpoint", help="folder with config.json and model.safetensors")
+    out.add_argument("out", help="folder to make")
+    out.add_argument("--target", choices=get_args(Target), default="transformers")
+    out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    out.add_argument("--tokenizer", help="tokenizer.json, or a folder with it")
+    out.add_argument(
+        "--shard-bytes", type=int, default=SHARD_BYTES, help="most bytes of a file of weights"
+    )
+    back = commands.add_parser("import", help="a dense or looped model to train from")
+    back.add_argument("folder", help="config.json and *.safetensors of a Llama or LoopCoder")
+    back.add_argument("out", help="folder to make")
+    back.add_argument("--loops", type=int, default=2, help="how often layers run (default: 2)")
+    back.add_argument(
+        "--window", type=int, help="tokens of local attention (default: source's, 64)"
+    )
+    back.add_argument("--vocab-size", type=int, help="larger vocabulary (default: the source's)")
+    back.add_argument(
+        "--fold", action="store_true", help="keep one of LOOPS layers, evenly spaced over all"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

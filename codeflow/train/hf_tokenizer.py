@@ -1,0 +1,81 @@
+"""The tokenizer beside an exported model, so that `AutoTokenizer` finds it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from codeflow.errors import UsageError
+from codeflow.train.config import ModelConfig
+
+END = "<|endoftext|>"  # ends every document of the shards
+_COMPANIONS = ("special_tokens_map.json", "chat_template.jinja", "tokenizer_config.json")
+
+
+def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Copy a `tokenizer.json` and its `tokenizer_config.json`, written where there is none.
+
+    Args:
+        source: `tokenizer.json`, or a folder with it and what belongs to it.
+        folder: Where to.
+        config: The model's, whose vocabulary must hold every id.
+
+    Returns:
+        What `config.json` and `generation_config.json` say about special tokens: `eos_token_id`
+        and `pad_token_id`, or nothing where the tokenizer names no end token.
+
+    Raises:
+        UsageError: No tokenizer there, or it has ids that the model lacks.
+    """
+    file = source / "tokenizer.json" if source.is_dir() else source
+    try:
+        ids = _ids(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UsageError(f"{file}: cannot be read as a tokenizer.json: {e!r}") from e
+    if ids and max(ids.values()) >= config.vocab_size:
+        raise UsageError(
+            f"{file}: has token id {max(ids.values())}, the model's vocabulary {config.vocab_size}"
+        )
+    shutil.copyfile(file, folder / "tokenizer.json")
+    if source.is_dir():
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if not settings.exists():
+        settings.write_text(json.dumps(_settings(ids, config), indent=1) + "\n")
+    try:
+        content = json.loads(settings.read_text())
+        end, padding = (_text(content.get(key)) for key in ("eos_token", "pad_token"))
+    except (ValueError, AttributeError) as e:
+        raise UsageError(f"{source / settings.name}: cannot be read: {e!r}") from e
+    if end not in ids:
+        return {}
+    return {"eos_token_id": ids[end], "pad_token_id": ids.get(padding, ids[end])}
+
+
+def _ids(tokenizer: dict[str, Any]) -> dict[str | None, int]:
+    """Every token's id; a Unigram vocabulary is a list, of the others a dict."""
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}}
+
+
+def _settings(ids: dict[str | None, int], config: ModelConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,  # code comes back as it was
+    }
+    if END in ids:
+        settings |= {"eos_token": END, "pad_token": END}
+    return settings
+
+
+def _text(token: Any) -> str | None:
+    """A special token is written as its text, or as an object that holds it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
