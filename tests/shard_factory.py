@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,24 @@ VOCABULARY = 257
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row before it is written."""
+    """One packed row before it is written; without kinds every document is of kind `test`."""
 
     ids: list[int]
     doc_lens: list[int]
     loss_runs: list[int]
+    kinds: list[str] | None = None
+    segments: list[list[tuple[str, int]]] | None = None
 
 
-def schema(token_dtype: str = "uint16") -> pa.Schema:
+def schema(token_dtype: str = "uint16", *, segments: bool = False) -> pa.Schema:
+    """The schema of shards; those of before segments were recorded lack that field of `docs`."""
     token = pa.uint16() if token_dtype == "uint16" else pa.uint32()
     text = ("doc_id", "repo", "base_commit", "head_commit", "license", "kind")
-    document = pa.struct([pa.field(name, pa.string()) for name in text])
+    fields = [pa.field(name, pa.string()) for name in text]
+    if segments:
+        run = pa.struct([pa.field("role", pa.string()), pa.field("n_tokens", pa.int32())])
+        fields.append(pa.field("segments", pa.list_(pa.field("item", run, False))))
+    document = pa.struct(fields)
     return pa.schema(
         [
             pa.field("row_id", pa.int64(), nullable=False),
@@ -52,7 +59,10 @@ def write_shards(
     vocab_size: int = VOCABULARY,
     manifest_fields: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write `folder/shards` and return `folder`; `manifest_fields` overwrite what is true."""
+    """Write `folder/shards` and return `folder`; `manifest_fields` overwrite what is true.
+
+    The `docs` column has a field for segments when some row has any.
+    """
     shards = folder / "shards"
     shards.mkdir(parents=True)
     entries = []
@@ -93,28 +103,27 @@ def write_shards(
         **(manifest_fields or {}),
     }
     (shards / "manifest.json").write_text(json.dumps(manifest))
-    (shards / "tokenizer.json").write_text("{}")
+    (shards / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     return folder
 
 
 def _write(
     file: Path, rows: Sequence[Row], first_id: int, rows_per_group: int, token_dtype: str
 ) -> list[int]:
-    columns = schema(token_dtype)
+    columns = schema(token_dtype, segments=any(row.segments for row in rows))
     groups = []
     with pq.ParquetWriter(
         file, columns, compression="zstd", use_dictionary=False, write_page_checksum=True
     ) as writer:
         for start in range(0, len(rows), rows_per_group):
             part = rows[start : start + rows_per_group]
-            provenance = dict.fromkeys(columns.field("docs").type.value_type.names, "test")
             table = pa.table(
                 {
                     "row_id": [first_id + start + i for i in range(len(part))],
                     "input_ids": [r.ids for r in part],
                     "doc_lens": [r.doc_lens for r in part],
                     "loss_runs": [r.loss_runs for r in part],
-                    "docs": [[provenance] * len(r.doc_lens) for r in part],
+                    "docs": [_docs(r, columns) for r in part],
                     "n_tokens": [len(r.ids) for r in part],
                 },
                 schema=columns,
@@ -122,6 +131,33 @@ def _write(
             writer.write_table(table, row_group_size=rows_per_group)
             groups.append(len(part))
     return groups
+
+
+def byte_tokenizer() -> dict[str, object]:
+    """The `tokenizer.json` of `text_rows`: every byte is a token, and one control token."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    vocab = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    end = {"id": END, "content": "<|endoftext|>", "special": True, "normalized": False}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [end],
+        "pre_tokenizer": byte_level | {"use_regex": False},
+        "decoder": byte_level | {"use_regex": False},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+
+
+def _docs(row: Row, columns: pa.Schema) -> list[dict[str, object]]:
+    provenance = dict.fromkeys((f.name for f in columns.field("docs").type.value_type), "test")
+    kinds = row.kinds or ["test"] * len(row.doc_lens)
+    segments = row.segments or [[] for _ in row.doc_lens]
+    return [
+        provenance | {"kind": kind} | ({"segments": runs} if "segments" in provenance else {})
+        for kind, runs in zip(kinds, segments, strict=True)
+    ]
 
 
 def random_rows(count: int, length: int, seed: int = 0, vocab_size: int = VOCABULARY) -> list[Row]:
@@ -169,3 +205,18 @@ def stdlib_texts() -> Iterator[str]:
         except UnicodeDecodeError:
             continue
         yield from (part for part in source.split("\n\n\n") if len(part) > 40)
+
+
+def described(rows: Sequence[Row], seed: int = 0) -> list[Row]:
+    """The rows with random kinds, and segments of random roles for all but some documents."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for row in rows:
+        kinds = rng.choice(["snapshot", "transition"], len(row.doc_lens)).tolist()
+        segments: list[list[tuple[str, int]]] = []
+        for n in row.doc_lens:
+            runs = _cut(rng, n, 4) if rng.random() < 0.9 else []
+            roles = rng.choice(["context", "message", "patch"], len(runs)).tolist()
+            segments.append(list(zip(roles, runs, strict=True)))
+        result.append(replace(row, kinds=kinds, segments=segments))
+    return result

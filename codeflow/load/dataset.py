@@ -20,12 +20,23 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from codeflow.errors import ShardError
+from codeflow.load.documents import (
+    DocumentsOfGroup,
+    Segments,
+    document_columns,
+    first_tokens,
+    fit,
+)
 from codeflow.load.manifest import Manifest, Shard, read_manifest
-from codeflow.load.order import EpochOrder, epoch_order
+from codeflow.load.order import EpochOrder, epoch_order, part_rows
 
 IGNORE = -100
 _COLUMNS = ["row_id", "input_ids", "doc_lens", "loss_runs", "n_tokens"]
 _STATE_VERSION = 1
+_BEFORE_PARTS: dict[str, Any] = {
+    "holdout": 0.0,
+    "part": "train",
+}  # what states of older releases do not say
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,6 +50,10 @@ class PackedRow:
             last token of a document and where the next token is not a training target.
         position_ids: int64 (T,), from 0 in every document.
         doc_lens: int32 (documents,), adds up to T.
+        kinds: What each document is (`transition`, `snapshot`, …), as its packer named it; empty
+            unless asked for.
+        segments: For each document runs of (role, tokens) that add up to its length; empty for a
+            document packed without them, and altogether unless asked for.
     """
 
     row_id: int
@@ -46,6 +61,8 @@ class PackedRow:
     labels: Tensor
     position_ids: Tensor
     doc_lens: Tensor
+    kinds: tuple[str, ...] = ()
+    segments: tuple[Segments, ...] = ()
 
     def cropped(self, length: int) -> PackedRow:
         """The first `length` tokens; the last document may lose its end."""
@@ -53,12 +70,17 @@ class PackedRow:
             return self
         ends = torch.cumsum(self.doc_lens, 0).clamp(max=length)
         lengths = torch.diff(ends, prepend=ends.new_zeros(1)).to(torch.int32)
+        lengths = lengths[lengths > 0]
+        # All segments but those of the last document are whole; cropping leaves these as they are.
+        segments = zip(self.segments, lengths.tolist(), strict=False)
         return PackedRow(
             self.row_id,
             self.input_ids[:length],
             self.labels[:length],
             self.position_ids[:length],
-            lengths[lengths > 0],
+            lengths,
+            self.kinds[: len(lengths)],
+            tuple(first_tokens(runs, n) for runs, n in segments),
         )
 
 
@@ -79,9 +101,13 @@ class ShardDataset(IterableDataset[PackedRow]):
         world_size: Number of processes that share the stream.
         epochs: How often to go through the data; None for ever.
         verify: Check the checksum of every page that is read (a fifth of the decoding time).
+        holdout: Share of the rows that is held out, the same rows for every seed; see `part_rows`.
+        part: `train` reads the other rows, `heldout` these.
+        with_docs: Read kinds and segments of the documents, which training does not need.
 
     Raises:
-        ShardError: Manifest or shards missing, damaged, or of another version.
+        ShardError: Manifest or shards missing, damaged, or of another version; a part that does
+            not exist or has no rows.
     """
 
     def __init__(
@@ -94,19 +120,29 @@ class ShardDataset(IterableDataset[PackedRow]):
         world_size: int = 1,
         epochs: int | None = 1,
         verify: bool = True,
+        holdout: float = 0.0,
+        part: str = "train",
+        with_docs: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ShardError(f"rank {rank} of world_size {world_size}: rank counts from 0")
         self.manifest = path if isinstance(path, Manifest) else read_manifest(path)
         self.seed, self.shuffle, self.verify = seed, shuffle, verify
         self.rank, self.world_size, self.epochs = rank, world_size, epochs
+        self.holdout, self.part, self.with_docs = float(holdout), part, with_docs
+        self._part = part_rows(self.manifest, holdout, part)
         self._groups = [(s, i) for s in self.manifest.shards for i in range(len(s.row_groups))]
         self._position = 0  # global rows consumed by all ranks, over all epochs
 
     @property
+    def rows(self) -> int:
+        """Rows of one epoch, over all ranks."""
+        return len(self._part)
+
+    @property
     def epoch(self) -> int:
         """Epoch of the next row, from 0."""
-        return self._position // self.manifest.rows
+        return self._position // self.rows
 
     def __iter__(self) -> Iterator[PackedRow]:
         if get_worker_info() is not None:
@@ -117,7 +153,7 @@ class ShardDataset(IterableDataset[PackedRow]):
         return self._rows()
 
     def _rows(self) -> Iterator[PackedRow]:
-        rows = self.manifest.rows
+        rows = self.rows
         end = None if self.epochs is None else self.epochs * rows
         epoch, window, order = -1, -1, None
         decoded: dict[int, _Group] = {}
@@ -131,14 +167,16 @@ class ShardDataset(IterableDataset[PackedRow]):
                 decoded.clear()
             number = int(order.group[place])
             if number not in decoded:
-                decoded[number] = _Group(*self._groups[number], self.manifest, self.verify)
+                decoded[number] = _Group(
+                    *self._groups[number], self.manifest, self.verify, self.with_docs
+                )
             # Counted before the row is handed over: a state taken after `next` includes it.
             self._position += self.world_size
             yield decoded[number].row(int(order.row[place]))
         self._position = 0
 
     def _order(self, epoch: int) -> EpochOrder:
-        return epoch_order(self.manifest, self.seed, epoch, shuffle=self.shuffle)
+        return epoch_order(self._part, self.seed, epoch, shuffle=self.shuffle)
 
     def state_dict(self) -> dict[str, Any]:
         """What resumes the stream exactly after the last row handed out; the same on all ranks."""
@@ -147,6 +185,8 @@ class ShardDataset(IterableDataset[PackedRow]):
             "manifest_sha256": self.manifest.sha256,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "holdout": self.holdout,
+            "part": self.part,
             "position": self._position,
         }
 
@@ -154,10 +194,11 @@ class ShardDataset(IterableDataset[PackedRow]):
         """Continue from a state, also with another world size than the one that saved it.
 
         Raises:
-            ShardError: The state belongs to other shards, another seed or another order.
+            ShardError: The state belongs to other shards, another part of them, another seed or
+                another order.
         """
-        mine = self.state_dict()
-        for key in ("version", "manifest_sha256", "seed", "shuffle"):
+        mine, state = self.state_dict(), _BEFORE_PARTS | state
+        for key in ("version", "manifest_sha256", "seed", "shuffle", "holdout", "part"):
             if state.get(key) != mine[key]:
                 raise ShardError(
                     f"{self.manifest.folder}: the saved loader state has {key} "
@@ -170,12 +211,15 @@ class ShardDataset(IterableDataset[PackedRow]):
 class _Group:
     """One decoded row group; columns stay in their stored width until a row is asked for."""
 
-    def __init__(self, shard: Shard, number: int, manifest: Manifest, verify: bool) -> None:
+    def __init__(
+        self, shard: Shard, number: int, manifest: Manifest, verify: bool, with_docs: bool
+    ) -> None:
         self._where = f"{shard.path}, row group {number}"
         self._manifest = manifest
         try:
             with pq.ParquetFile(shard.path, page_checksum_verification=verify) as file:
-                table = file.read_row_group(number, columns=_COLUMNS, use_threads=False)
+                columns = _COLUMNS + (document_columns(file) if with_docs else [])
+                table = file.read_row_group(number, columns=columns, use_threads=False)
             column = {name: table.column(name).combine_chunks() for name in _COLUMNS}
             self._row_id = column["row_id"].to_numpy()
             self._n_tokens = column["n_tokens"].to_numpy()
@@ -183,8 +227,11 @@ class _Group:
                 name: (column[name].offsets.to_numpy(), column[name].values.to_numpy())
                 for name in ("input_ids", "doc_lens", "loss_runs")
             }
+            self._docs: DocumentsOfGroup | None = None
+            if "docs" in table.column_names:
+                self._docs = DocumentsOfGroup(table.column("docs").combine_chunks())
         # pyarrow has no one error for damage: the class depends on which byte is wrong.
-        except (pa.ArrowException, OSError, KeyError, IndexError, AttributeError) as e:
+        except (pa.ArrowException, OSError, LookupError, AttributeError, UnicodeError) as e:
             raise ShardError(f"{self._where}: {_reason(e)} Copy the shard again.") from e
         if len(self._row_id) != shard.row_groups[number]:
             raise ShardError(f"{self._where}: row count differs from the manifest's. Pack again.")
@@ -208,12 +255,23 @@ class _Group:
                 f"{self._where}, row {row}: a token id or the row's length is above the manifest's "
                 f"(vocab_size {self._manifest.vocab_size}, length {self._manifest.length})."
             )
+        kinds: tuple[str, ...] = ()
+        segments: tuple[Segments, ...] = ()
+        if self._docs is not None:
+            kinds, segments = self._docs.kinds(row), self._docs.segments(row)
+            if not fit(segments, doc_lens.tolist()) or len(kinds) not in (0, len(doc_lens)):
+                raise ShardError(
+                    f"{self._where}, row {row}: docs and doc_lens disagree on the documents or "
+                    "their tokens. Pack again."
+                )
         return PackedRow(
             row_id=int(self._row_id[row]),
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(next_token_labels(ids, doc_lens, runs)),
             position_ids=torch.from_numpy(positions(doc_lens)),
             doc_lens=torch.from_numpy(doc_lens.astype(np.int32)),
+            kinds=kinds,
+            segments=segments,
         )
 
 

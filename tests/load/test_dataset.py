@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_factory import Row, random_rows, write_shards
+from shard_factory import Row, described, random_rows, write_shards
 from torch.utils.data import DataLoader
 
 from codeflow.errors import ShardError
 from codeflow.load import PackedRow, ShardDataset
 from codeflow.load.dataset import next_token_labels, positions
 
-ROWS = random_rows(37, 24)
+ROWS = described(random_rows(37, 24))
+SHARE = 0.3
+HELD_OUT = 11
+PART = pytest.mark.parametrize(("part", "rows"), [("train", 37 - HELD_OUT), ("heldout", HELD_OUT)])
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +250,137 @@ def test_cropped_rows_are_prefixes(seed: int, length: int) -> None:
     assert int(short.doc_lens.sum()) == kept
     assert (short.doc_lens > 0).all()
     assert short.doc_lens.dtype == torch.int32
+    assert short.kinds == ()
+    assert short.segments == ()
+
+
+def test_kinds_and_segments_are_what_was_written(data: Path) -> None:
+    for row, written in zip(ShardDataset(data, shuffle=False, with_docs=True), ROWS, strict=True):
+        assert row.kinds == tuple(written.kinds or ())
+        assert row.segments == tuple(tuple(runs) for runs in written.segments or ())
+        assert row.input_ids.tolist() == written.ids
+    assert all(row.kinds == row.segments == () for row in ShardDataset(data))
+
+
+def test_older_shards_have_kinds_only(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", random_rows(6, 24), length=24)
+    for row in ShardDataset(data, with_docs=True):
+        assert row.kinds == ("test",) * len(row.doc_lens)
+        assert row.segments == ((),) * len(row.doc_lens)
+
+
+@given(st.integers(0, 1000), st.integers(1, 24))
+def test_cropped_segments_are_those_of_the_tokens_kept(seed: int, length: int) -> None:
+    (written,) = described(random_rows(1, 24, seed), seed)
+    lens, total = torch.tensor(written.doc_lens, dtype=torch.int32), torch.arange(len(written.ids))
+    segments = tuple(tuple(runs) for runs in written.segments or ())
+    row = PackedRow(0, total, total, total, lens, tuple(written.kinds or ()), segments)
+    short = row.cropped(length)
+    assert short.kinds == row.kinds[: len(short.doc_lens)]
+    for kept, before, n in zip(short.segments, segments, short.doc_lens.tolist(), strict=False):
+        assert by_token(kept) == by_token(before)[:n]
+        assert all(tokens > 0 for _, tokens in kept)
+    assert len(short.segments) == len(short.doc_lens)
+
+
+def by_token(segments: Sequence[tuple[str, int]]) -> list[str]:
+    return [role for role, tokens in segments for _ in range(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "segments"),
+    [
+        (["a"], [[("x", 1)]]),
+        (["a", "b"], [[("x", 2)], [("y", 2)]]),
+        (["a", "b"], [[("x", 3), ("y", -1)], [("y", 1)]]),
+    ],
+)
+def test_documents_that_contradict_their_lengths(
+    tmp_path: Path, kinds: list[str], segments: list[list[tuple[str, int]]]
+) -> None:
+    row = Row([1, 2, 3], [2, 1], [0, 3], kinds, segments)
+    data = write_shards(tmp_path / "data", [row], length=4)
+    assert len(list(ShardDataset(data))) == 1
+    with pytest.raises(ShardError, match="row group 0, row 0: docs and doc_lens disagree"):
+        list(ShardDataset(data, with_docs=True))
+
+
+def test_roles_that_are_null(tmp_path: Path) -> None:
+    row = Row([1, 2, 3], [3], [0, 3], ["a"], [[(None, 3)]])  # type: ignore[list-item]
+    data = write_shards(tmp_path / "data", [row], length=4)
+    with pytest.raises(ShardError, match=r"row group 0: .*null"):
+        list(ShardDataset(data, with_docs=True))
+
+
+@PART
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_part_has_the_same_rows_for_every_seed(
+    data: Path, part: str, rows: int, seed: int
+) -> None:
+    in_order = ids(list(ShardDataset(data, holdout=SHARE, part=part, shuffle=False)))
+    assert in_order == sorted(in_order)
+    assert len(in_order) == rows
+    dataset = ShardDataset(data, holdout=SHARE, part=part, seed=seed, epochs=2)
+    assert dataset.rows == rows
+    stream = ids(list(dataset))
+    assert sorted(stream[:rows]) == sorted(stream[rows:]) == in_order
+    assert stream[:rows] != stream[rows:]
+
+
+def test_the_parts_share_no_row(data: Path) -> None:
+    train, heldout = (
+        ids(list(ShardDataset(data, holdout=SHARE, part=part))) for part in ("train", "heldout")
+    )
+    assert sorted(train + heldout) == list(range(37))
+
+
+@PART
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_the_order_of_a_part_does_not_depend_on_the_world(
+    data: Path, part: str, rows: int, world: int
+) -> None:
+    def of(rank: int, world: int) -> list[int]:
+        options = {"holdout": SHARE, "part": part, "seed": 5, "epochs": 3}
+        return ids(list(ShardDataset(data, rank=rank, world_size=world, **options)))  # type: ignore[arg-type]
+
+    alone, ranks = of(0, 1), [of(rank, world) for rank in range(world)]
+    assert [ranks[i % world][i // world] for i in range(3 * rows)] == alone
+
+
+@PART
+@given(before=st.integers(0, 60), after=st.integers(0, 30))
+def test_resume_of_a_part_is_exact(
+    data: Path, part: str, rows: int, before: int, after: int
+) -> None:
+    def fresh() -> ShardDataset:
+        return ShardDataset(data, seed=2, epochs=None, holdout=SHARE, part=part)
+
+    whole = ids(list(islice(fresh(), before + after)))
+    first, second = fresh(), fresh()
+    assert ids(list(islice(first, before))) == whole[:before]
+    assert first.epoch == before // rows
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert ids(list(islice(second, after))) == whole[before:]
+
+
+def test_state_of_another_part_is_refused(data: Path) -> None:
+    state = ShardDataset(data, holdout=SHARE).state_dict()
+    with pytest.raises(ShardError, match=r"has holdout 0\.3, this stream 0\.0"):
+        ShardDataset(data).load_state_dict(state)
+    with pytest.raises(ShardError, match="has part 'train', this stream 'heldout'"):
+        ShardDataset(data, holdout=SHARE, part="heldout").load_state_dict(state)
+
+
+def test_state_of_before_parts_resumes_the_whole(data: Path) -> None:
+    state = ShardDataset(data).state_dict()
+    del state["holdout"], state["part"]
+    ShardDataset(data).load_state_dict(state | {"position": 3})
+    with pytest.raises(ShardError, match="holdout"):
+        ShardDataset(data, holdout=SHARE).load_state_dict(state)
+
+
+def test_no_held_out_share_changes_nothing(data: Path) -> None:
+    plain, zero = ShardDataset(data, seed=3), ShardDataset(data, seed=3, holdout=0)
+    assert ids(list(plain)) == ids(list(zero))
+    with pytest.raises(ShardError, match="holds no rows out"):
+        ShardDataset(data, part="heldout")

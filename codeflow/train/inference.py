@@ -1,0 +1,70 @@
+"""A trained model for evaluation and generation: the options and the loading that both share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from codeflow.errors import UsageError
+from codeflow.train import checkpoint
+from codeflow.train.backends import BACKENDS
+from codeflow.train.errors import CheckpointError
+from codeflow.train.hf import load_model
+from codeflow.train.model import LoopCoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `open_model`."""
+    parser.add_argument(
+        "checkpoint", help="folder with config.json and weights, or of a training run"
+    )
+    parser.add_argument("--device", default="auto", help="cuda, cpu, …; auto: cuda if there is one")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the activations")
+    parser.add_argument(
+        "--backend", default="auto", choices=BACKENDS, help="how attention is computed"
+    )
+
+
+def open_model(options: argparse.Namespace) -> tuple[LoopCoder, torch.device]:
+    """The model that the options of `add_model_arguments` name, and the device it is on.
+
+    Raises:
+        UsageError: A device or configuration that cannot be used.
+        CheckpointError: No weights, or weights that do not fit their configuration.
+    """
+    device = usable_device(options.device)
+    folder = weights_folder(Path(options.checkpoint))
+    model = load_model(folder, backend=options.backend, dtype=DTYPES[options.dtype])
+    return model.to(device).eval(), device
+
+
+def weights_folder(path: Path) -> Path:
+    """The folder itself, or the newest checkpoint in the folder of a training run.
+
+    Raises:
+        CheckpointError: A training run without a checkpoint.
+    """
+    if not (path / "checkpoints").is_dir():
+        return path
+    newest = checkpoint.latest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{path}: this training run has no complete checkpoint yet")
+    return newest
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by name; `auto` is cuda when there is one, else the CPU.
+
+    Raises:
+        UsageError: It does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {name}: not usable here: {e}") from e
