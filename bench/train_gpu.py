@@ -189,7 +189,7 @@ def claim(
             f"    {size} {length} loop / dense 2L: {found:.3f}, claim {ratio}: "
             f"{verdict(found >= ratio)}"
         )
-    return met
+    return bool(met)
 
 
 def verdict(met: bool) -> str:

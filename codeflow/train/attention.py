@@ -1,4 +1,4 @@
-"""Attention over packed documents: one interface, one oracle and one back end for every day.
+"""Attention over packed documents: one interface, an oracle, and the back end that runs anywhere.
 
 Tensors are (T, H, D) on a flat token axis without padding; documents never see each other. `dense`
 forms the full (H, T, T) scores in float32 and is what everything else is tested against. `sdpa`
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,13 @@ class Documents:
         lengths: Length of each document, on the host, so that slicing needs no device sync.
         cu_seqlens: int32 (documents + 1,), starts of the documents and the end.
         positions: int64 (T,), from 0 in every document.
+        cache: What a back end derives from the layout, once per batch and not once per layer.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     positions: Tensor
+    cache: dict[str, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
@@ -51,10 +54,12 @@ class Attention:
             (T, Hq, D), k and v (T, Hk, D) with Hq a multiple of Hk.
         local_attention: `(q, k, v, docs, window) -> o`: query i sees key j of its own document
             when 0 <= i - j < window, so the window counts the token itself.
+        obstacle: Says why the back end cannot run on this machine; None when it can.
     """
 
     global_attention: Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
     local_attention: Callable[[Tensor, Tensor, Tensor, Documents, int], Tensor]
+    obstacle: Callable[[], str | None] = lambda: None
 
 
 def _dense_global(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
@@ -113,7 +118,5 @@ def _pairs_of_blocks(x: Tensor, blocks: int, window: int, tail: int) -> Tensor:
     return torch.cat([padded[:-1], padded[1:]], dim=1)
 
 
-BACKENDS = {
-    "sdpa": Attention(_sdpa_global, _sdpa_local),
-    "dense": Attention(_dense_global, _dense_local),
-}
+DENSE = Attention(_dense_global, _dense_local)
+SDPA = Attention(_sdpa_global, _sdpa_local)

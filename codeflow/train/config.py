@@ -34,6 +34,18 @@ class ModelConfig:
     loop_window_size: int = setting(
         64, "Tokens seen by local attention, itself included.", unit="tokens", minimum=1
     )
+    plt_emb_scale: float = setting(
+        0.0, "Share of the embedding in what each later loop starts from.", source="LoopCoder-V2"
+    )
+    plt_hidden_scale: float = setting(
+        1.0, "Share of the previous loop in what a later loop starts from.", source="LoopCoder-V2"
+    )
+    plt_normalize_per_loop: bool = setting(
+        False, "Apply the final norm after every loop, not only the last.", source="LoopCoder-V2"
+    )
+    plt_gate_use_hidden_states: bool = setting(
+        False, "Gates read the residual stream instead of the query.", source="LoopCoder-V2"
+    )
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -45,15 +57,38 @@ class ModelConfig:
             raise RecipeError(f"model.head_dim ({self.head_dim}) must be even: RoPE turns pairs")
 
 
+def _shape(
+    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, head_dim: int = 128
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+
+
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "small": {
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
+    "tiny": _shape(128, 4, 4, 2, 384, head_dim=32),
+    "small": _shape(512, 8, 8, 2, 1408, head_dim=64),
+    "0.6b": _shape(1280, 20, 10, 2, 4608),
+    "1.2b": _shape(2048, 16, 16, 4, 7168),
+    "3.4b": _shape(3072, 24, 24, 8, 10752),
+    "7.6b": _shape(4096, 32, 32, 8, 14336),
+    "7b-v2": {
+        **_shape(5120, 14, 40, 8, 27648),
+        "plt_emb_scale": 0.707,
+        "plt_hidden_scale": 0.053,
+        "plt_normalize_per_loop": True,
+        "plt_gate_use_hidden_states": True,
     },
+    "40b": _shape(5120, 80, 40, 8, 27648),
 }
-"""Named sizes without embeddings: tiny 0.8 M parameters (a CPU demo), small 22.6 M."""
+"""Named sizes; the vocabulary is the data's, and 76,800 where there are none.
+
+tiny has 0.8 M parameters without embeddings (a CPU demo), small 22.6 M; the others are named after
+all their parameters. 40b is the released IQuest-Coder-V1 40B-Loop, 7b-v2 the shape of LoopCoder-V2
+7B, whose window of 64 is counted here with the token itself.
+"""

@@ -1,11 +1,12 @@
 """Compare the model with numbers recorded from another implementation.
 
-    python -m codeflow.train.parity FOLDER [--backend sdpa|dense]
+    python -m codeflow.train.parity FOLDER [--backend NAME] [--device cpu|cuda]
 
 FOLDER holds `config.json`, `model.safetensors`, `inputs.safetensors` (`input_ids`, `labels` (B, T),
 not shifted, -100 ignored; optionally a packed row) and `expected.safetensors`. Every recorded
-number is compared, or listed as unknown; nothing is passed over in silence. Exit code 0: all
-within tolerance, 1: not, 2: unusable input.
+number is compared, or listed as not compared; nothing is passed over in silence. A back end that
+runs in half precision only (`varlen`) is compared there. Exit code 0: all within tolerance, 1: not,
+2: unusable input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codeflow.errors import CodeflowError, UsageError
-from codeflow.train.attention import BACKENDS, Documents
+from codeflow.train.attention import Documents
+from codeflow.train.backends import BACKENDS
 from codeflow.train.hf import load_model
 from codeflow.train.loss import IGNORE
 from codeflow.train.model import LoopCoder, Output
@@ -54,20 +56,25 @@ class Batch:
     docs: Documents
 
     @classmethod
-    def of_rows(cls, input_ids: Tensor, labels: Tensor) -> Batch:
+    def of_rows(
+        cls, input_ids: Tensor, labels: Tensor, device: torch.device | str = "cpu"
+    ) -> Batch:
         """From (B, T) with labels that are not shifted; each row is a document."""
         shifted = torch.full_like(labels, IGNORE)
         shifted[:, :-1] = labels[:, 1:]
-        docs = Documents.of([input_ids.shape[1]] * input_ids.shape[0])
-        return cls(input_ids.flatten(), shifted.flatten(), docs)
+        docs = Documents.of([input_ids.shape[1]] * input_ids.shape[0], device)
+        return cls(input_ids.flatten().to(device), shifted.flatten().to(device), docs)
 
     @classmethod
-    def of_packed(cls, input_ids: Tensor, cu_seqlens: Tensor) -> Batch:
+    def of_packed(
+        cls, input_ids: Tensor, cu_seqlens: Tensor, device: torch.device | str = "cpu"
+    ) -> Batch:
         """From a packed row; every token but the first of a document is a target."""
         ids = input_ids.flatten()
         labels = ids.roll(-1)
         labels[cu_seqlens[1:].long() - 1] = IGNORE
-        return cls(ids, labels, Documents.of(cu_seqlens.diff().tolist()))
+        docs = Documents.of(cu_seqlens.diff().tolist(), device)
+        return cls(ids.to(device), labels.to(device), docs)
 
     def run(self, model: LoopCoder) -> tuple[Output, Tensor]:
         """The model's output and the mean loss per target."""
@@ -75,31 +82,43 @@ class Batch:
         return out, out.loss / (self.labels != IGNORE).sum().clamp(min=1)
 
 
-def compare(folder: str | Path, backend: str = "sdpa") -> list[Difference]:
-    """All comparisons that a folder allows.
+@dataclass(frozen=True)
+class Setup:
+    """Which model is compared, and where it runs."""
+
+    folder: Path
+    backend: str
+    device: str
+
+    def model(self, dtype: torch.dtype = torch.float32) -> LoopCoder:
+        model: LoopCoder = load_model(self.folder, backend=self.backend, dtype=dtype)
+        return model.to(self.device)
+
+
+def compare(folder: str | Path, backend: str = "sdpa", device: str = "cpu") -> list[Difference]:
+    """All comparisons that a folder and a back end allow.
 
     Raises:
-        CodeflowError: The folder cannot be used.
+        CodeflowError: The folder, or the back end, cannot be used.
     """
-    folder = Path(folder)
-    inputs, expected = _read(folder / "inputs.safetensors"), _read(folder / "expected.safetensors")
+    setup = Setup(Path(folder), backend, device)
+    inputs = _read(setup.folder / "inputs.safetensors")
+    expected = _read(setup.folder / "expected.safetensors")
+    found: list[Difference] = []
     try:
-        batch = Batch.of_rows(inputs["input_ids"], inputs["labels"])
-        found = list(_compare_batch(folder, backend, batch, expected))
-        if "packed_input_ids" in inputs:
-            packed = Batch.of_packed(inputs["packed_input_ids"], inputs["packed_cu_seqlens"])
-            found += _compare_packed(folder, backend, packed, expected)
-        else:
-            found.append(Difference("packed_input_ids", None, LOGITS, "absent"))
-        found += _compare_adamw(folder, backend, batch, expected)
-        found += _compare_bfloat16(folder, backend, batch, expected)
+        batch = Batch.of_rows(inputs["input_ids"], inputs["labels"], device)
+        if backend != "varlen":
+            found += _compare_batch(setup, batch, expected)
+            found += _compare_packed(setup, inputs, expected)
+            found += _compare_adamw(setup, batch, expected)
+        found += _compare_bfloat16(setup, batch, expected)
     except (KeyError, RuntimeError, IndexError) as e:
         raise UsageError(f"{folder}: recorded data do not fit the model: {e}") from e
     return found + _unused(expected, found)
 
 
-def _compare_batch(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator[Difference]:
-    model = load_model(folder, backend=backend)
+def _compare_batch(s: Setup, b: Batch, e: Tensors) -> Iterator[Difference]:
+    model = s.model()
     out, loss = b.run(model)
     yield _largest("logits", model.logits(out.hidden), e, LOGITS)
     yield _largest("hidden_final_norm", out.hidden, e, LOGITS)
@@ -110,8 +129,13 @@ def _compare_batch(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator
     yield from _gradients(model, e, "grad.", "grad_global_l2")
 
 
-def _compare_packed(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator[Difference]:
-    model = load_model(folder, backend=backend)
+def _compare_packed(s: Setup, inputs: Tensors, e: Tensors) -> Iterator[Difference]:
+    if "packed_input_ids" not in inputs:
+        yield Difference("packed_input_ids", None, LOGITS, "absent")
+        return
+    b = Batch.of_packed(inputs["packed_input_ids"], inputs["packed_cu_seqlens"], s.device)
+    yield _largest("packed_position_ids", b.docs.positions, inputs, 0.0)
+    model = s.model()
     out, loss = b.run(model)
     yield _largest("packed_logits", model.logits(out.hidden), e, LOGITS)
     yield _largest("packed_loss", loss, e, LOSS)
@@ -119,9 +143,9 @@ def _compare_packed(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterato
     yield from _gradients(model, e, "packed_grad.", "packed_grad_global_l2")
 
 
-def _compare_adamw(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator[Difference]:
+def _compare_adamw(s: Setup, b: Batch, e: Tensors) -> Iterator[Difference]:
     """Full-batch AdamW with decay on *all* parameters, as recorded; loss before each step."""
-    model = load_model(folder, backend=backend)
+    model = s.model()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
     )
@@ -137,9 +161,9 @@ def _compare_adamw(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator
     yield _largest("adamw_grad_norms", torch.tensor(norms), e, ADAMW)
 
 
-def _compare_bfloat16(folder: Path, backend: str, b: Batch, e: Tensors) -> Iterator[Difference]:
+def _compare_bfloat16(s: Setup, b: Batch, e: Tensors) -> Iterator[Difference]:
     """Against the float32 logits and against another implementation's bfloat16 ones."""
-    model = load_model(folder, backend=backend, dtype=torch.bfloat16)
+    model = s.model(torch.bfloat16)
     with torch.no_grad():
         out, loss = b.run(model)
         logits = model.logits(out.hidden).float()
@@ -166,7 +190,7 @@ def _gradients(model: LoopCoder, e: Tensors, prefix: str, norm: str) -> Iterator
 def _largest(key: str, ours: Tensor, e: Tensors, tolerance: float) -> Difference:
     if key not in e:
         return Difference(key, None, tolerance, "absent")
-    difference = ours.detach().float().flatten() - e[key].float().flatten()
+    difference = ours.detach().float().flatten().cpu() - e[key].float().flatten()
     return Difference(key, float(difference.abs().max()), tolerance, "max abs")
 
 
@@ -176,7 +200,7 @@ def _relative(
     if key not in e:
         return Difference(name or key, None, tolerance, "absent")
     theirs = e[key].float().flatten()
-    error = (ours.detach().float().flatten() - theirs).norm() / theirs.norm().clamp(min=1e-12)
+    error = (ours.detach().float().flatten().cpu() - theirs).norm() / theirs.norm().clamp(min=1e-12)
     return Difference(name or key, float(error), tolerance, "rel L2")
 
 
@@ -197,9 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m codeflow.train.parity")
     parser.add_argument("folder", help="config.json, model, inputs and expected.safetensors")
     parser.add_argument("--backend", choices=sorted(BACKENDS), default="sdpa")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     options = parser.parse_args(arguments)
     try:
-        found = compare(options.folder, options.backend)
+        found = compare(options.folder, options.backend, options.device)
     except CodeflowError as e:
         print(f"error: {e}", file=sys.stderr)
         return UsageError.exit_code

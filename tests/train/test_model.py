@@ -1,107 +1,25 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from loopcoder_oracle import SMALL, W, logits, make, reference, tokens
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from codeflow.train.attention import Documents
-from codeflow.train.config import ModelConfig
-from codeflow.train.flops import parameter_count, training_flops
 from codeflow.train.hf import load_model
 from codeflow.train.loss import cross_entropy
 from codeflow.train.model import LoopCoder, Rope, rope_table, rotate
 
 GOLDEN = Path(__file__).parents[1] / "data" / "loopcoder"
-W = 4
-SMALL = ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    loop_num=2,
-    loop_window_size=W,
-    initializer_range=0.2,
-)
 LOOPS = pytest.mark.parametrize("loops", [1, 2, 3])
-
-
-def make(config: ModelConfig = SMALL, **options: object) -> LoopCoder:
-    """A model whose gates are not zero."""
-    model = LoopCoder(config, **options)  # type: ignore[arg-type]
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "gate_projection" in name or "norm" in name:
-                p += 0.5 * torch.randn(p.shape, generator=g)
-    return model
-
-
-def tokens(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 61, (n,), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: LoopCoder, ids: Tensor, lengths: list[int] | None = None) -> Tensor:
-    return model.logits(model(ids, Documents.of(lengths or [len(ids)])).hidden)
-
-
-def reference(model: LoopCoder, ids: Tensor) -> Tensor:
-    """The specification on one document, written a second time with plain matrices."""
-    c, weights, n = model.config, dict(model.named_parameters()), len(ids)
-    group = c.num_attention_heads // c.num_key_value_heads
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weights[name]
-
-    def turn(x: Tensor) -> Tensor:
-        half = c.head_dim // 2
-        angle = torch.arange(n)[:, None] / c.rope_theta ** (torch.arange(half) / half)
-        z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones(n, half), angle)
-        return torch.cat([z.real, z.imag], -1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, reach: int) -> Tensor:
-        i = torch.arange(n)
-        hidden = (i[:, None] < i) | (i[:, None] - i >= reach)
-        scores = (q @ k.transpose(1, 2) / math.sqrt(c.head_dim)).masked_fill(hidden, -math.inf)
-        return scores.softmax(-1) @ v
-
-    x, first = weights["model.embed_tokens.weight"][ids], {}
-    for loop in range(c.loop_num):
-        for i in range(c.num_hidden_layers):
-            at = f"model.layers.{i}."
-            h = norm(x, at + "input_layernorm.weight")
-            q, k, v = (
-                (h @ weights[f"{at}self_attn.{p}_proj.weight"].T)
-                .unflatten(1, (-1, c.head_dim))
-                .transpose(0, 1)
-                for p in "qkv"
-            )
-            q, k = turn(q), turn(k)
-            k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-            if loop == 0:
-                first[i] = (k, v)
-                o = attend(q, k, v, n)
-            else:
-                gate = (q * weights[at + "gate_projection.weight"][:, None]).sum(-1)
-                g = torch.sigmoid(gate + weights[at + "gate_projection.bias"][:, None])[..., None]
-                o = g * attend(q, *first[i], n) + (1 - g) * attend(q, k, v, c.loop_window_size)
-            x = x + o.transpose(0, 1).flatten(1) @ weights[at + "self_attn.o_proj.weight"].T
-            h = norm(x, at + "post_attention_layernorm.weight")
-            up = F.silu(h @ weights[at + "mlp.gate_proj.weight"].T)
-            up = up * (h @ weights[at + "mlp.up_proj.weight"].T)
-            x = x + up @ weights[at + "mlp.down_proj.weight"].T
-    return norm(x, "model.norm.weight") @ weights["lm_head.weight"].T
 
 
 @LOOPS
@@ -207,6 +125,62 @@ def test_initial_weights() -> None:
     assert torch.equal(gates, torch.full_like(gates, 0.5))
 
 
+def test_a_model_without_memory_gets_the_same_weights() -> None:
+    with torch.device("meta"):
+        model = LoopCoder(SMALL, seed=7)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.detach().fill_(float("nan"))
+    model.initialise(3)
+    for p, q in zip(model.parameters(), LoopCoder(SMALL, seed=3).parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_sharded_model_gets_the_same_weights() -> None:
+    with torch.device("meta"):
+        model = LoopCoder(SMALL)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.to_empty(device="cpu")
+        model.initialise(3)
+        for p, q in zip(model.parameters(), LoopCoder(SMALL, seed=3).parameters(), strict=True):
+            assert isinstance(p, DTensor)
+            assert torch.equal(p.full_tensor(), q)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@LOOPS
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_statistics(loops: int, checkpointing: str) -> None:
+    model = make(replace(SMALL, loop_num=loops), checkpointing=checkpointing)
+    states: list[Tensor] = []
+    gates: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _m, _i, out: gates.append(out[2]))
+    model.model.layers[-1].register_forward_hook(lambda _m, _i, out: states.append(out[0]))
+    out = model(tokens(20), Documents.of([12, 8]))
+    if loops == 1:
+        assert out.gate_means.numel() == out.gate_stds.numel() == 0
+    else:
+        seen = torch.stack([g for g in gates if g is not None]).view(loops - 1, -1, 20, 4)
+        torch.testing.assert_close(out.gate_means, seen.mean(2))
+        torch.testing.assert_close(out.gate_stds, seen.std(2, correction=0))
+    torch.testing.assert_close(
+        out.residual_rms, torch.stack([x.square().mean().sqrt() for x in states])
+    )
+    for statistic in (out.gate_means, out.gate_stds, out.residual_rms):
+        assert not statistic.requires_grad
+        assert statistic.dtype == torch.float32
+
+
 def test_zero_gates_learn() -> None:
     model, ids = LoopCoder(SMALL), tokens(12)
     hidden = model(ids, Documents.of([12])).hidden
@@ -265,37 +239,3 @@ def test_rotation_keeps_lengths_and_relative_angles(offset: int) -> None:
     torch.testing.assert_close(scores(0), scores(offset), atol=1e-3, rtol=1e-3)
     rope = rope_table(torch.arange(5) + offset, 6, 5e5, torch.float32)
     torch.testing.assert_close(rotate(q, rope).norm(dim=-1), q.norm(dim=-1))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_parameter_count(tied: bool, bias: bool) -> None:
-    c = replace(SMALL, tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias)
-    model = LoopCoder(c)
-    assert parameter_count(c) == sum(p.numel() for p in model.parameters())
-    body = [p for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n]
-    assert parameter_count(c, embeddings=False) == sum(p.numel() for p in body)
-
-
-@LOOPS
-def test_flops_are_what_torch_counts(loops: int) -> None:
-    """The oracle does the counted work, and that of all pairs which it then masks."""
-    c = replace(SMALL, loop_num=loops)
-    model = LoopCoder(c, backend="dense")
-    with FlopCounterMode(display=False) as counter:
-        model.logits(model(tokens(6), Documents.of([6])).hidden)
-    pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    masked = pair * (loops * (36 - 21) + (loops - 1) * (36 - 18))
-    assert training_flops(c, [6]) == 3 * (counter.get_total_flops() - masked)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 20), max_size=4))
-def test_flops_add_up_token_by_token(lengths: list[int]) -> None:
-    width, layers = 24, 2
-    one = training_flops(SMALL, [1]) // 3 - 4 * layers * width * 3  # without attention
-    total = 0
-    for n in lengths:
-        for p in range(n):
-            total += one + 4 * layers * width * (2 * (p + 1) + min(p + 1, W))
-    assert training_flops(SMALL, lengths) == 3 * total
