@@ -50,8 +50,7 @@ LOOPED = ModelConfig(
 TWICE_AS_DEEP = dataclasses.replace(LOOPED, num_hidden_layers=8, loop_num=1)
 TOKENS = 2048
 MEMORY_TOKENS = {"sdpa": 4096, "masked": 4096, "dense": 4096, "dense 2L": 4096}
-LOSS_VOCABULARY, LOSS_CHUNK = 32768, 256
-Step = Callable[[], None]
+LOSS_VOCABULARY, Step = Callable[[], None]
 
 
 def train_step(config: ModelConfig, tokens: int, backend: str | Attention = "sdpa") -> Step:
@@ -94,10 +93,6 @@ def loss_step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int) -> 
     return step
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(hidden, weight, labels, chunk=LOSS_CHUNK)
-
-
 def full_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
 
@@ -107,7 +102,7 @@ SIDES: dict[str, Callable[[int], Step]] = {
     "masked": lambda tokens: train_step(LOOPED, tokens, MASKED),
     "dense": lambda tokens: train_step(LOOPED, tokens, "dense"),
     "dense 2L": lambda tokens: train_step(TWICE_AS_DEEP, tokens),
-    "chunked": lambda tokens: loss_step(chunked_cross_entropy, tokens),
+    "chunked": lambda tokens: loss_step(cross_entropy, tokens),
     "full": lambda tokens: loss_step(full_cross_entropy, tokens),
 }
 

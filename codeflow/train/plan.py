@@ -53,7 +53,7 @@ def memory_plan(
     world_size: int = 1,
     optimizer_bytes: int = 8,
     activation_bytes: int = 2,
-    loss_chunk: int = 1024,
+    loss_chunk: int = 2048,
 ) -> MemoryPlan:
     """Memory of a step.
 
