@@ -50,7 +50,8 @@ LOOPED = ModelConfig(
 TWICE_AS_DEEP = dataclasses.replace(LOOPED, num_hidden_layers=8, loop_num=1)
 TOKENS = 2048
 MEMORY_TOKENS = {"sdpa": 4096, "masked": 4096, "dense": 4096, "dense 2L": 4096}
-LOSS_VOCABULARY, Step = Callable[[], None]
+LOSS_VOCABULARY = 32768
+Step = Callable[[], None]
 
 
 def train_step(config: ModelConfig, tokens: int, backend: str | Attention = "sdpa") -> Step:

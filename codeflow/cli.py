@@ -209,6 +209,71 @@ _stage_command(
 )
 
 
+@cli.command(
+    "pack-messages",
+    epilog="""\b
+Examples:
+  codeflow pack-messages chat.jsonl --tokenizer data/ --out sft/
+  codeflow pack-messages a.jsonl b.jsonl.gz --tokenizer tokenizer.json --out sft/ --length 8192
+  codeflow train --shards sft/ --out run/
+\b
+A line of a file is one conversation:
+  {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+Roles are system, user, assistant and tool. A message with "train": false is no training target.
+{"prompt": "2 + 2?", "completion": "4"} means the same.
+""",
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--tokenizer",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="tokenizer.json, or the dataset or shards folder that holds it: take that of "
+    "the data the model was trained on.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for shards/; new or empty.",
+)
+@click.option(
+    "--length",
+    type=click.IntRange(128),
+    default=32768,
+    show_default=True,
+    help="Row length in tokens; longer conversations are rejected, none is cut.",
+)
+@click.option(
+    "--last-only",
+    is_flag=True,
+    help="Train on the last message of the assistant alone. Default: on all of them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def pack_messages(as_json: bool, out: Path, length: int, **options: Any) -> None:
+    """Pack conversations (JSON lines) into shards for supervised fine-tuning.
+
+    Only what the assistant says is a training target. Lines that cannot be used are named and
+    counted; the others are packed.
+    """
+    import dataclasses
+
+    from codeflow.errors import printable
+    from codeflow.pack.messages import describe
+    from codeflow.pack.messages import pack_messages as run
+    from codeflow.recipe import PackSettings
+
+    packed = run(out=out, settings=PackSettings(length=length), **options)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(packed)))
+        return
+    for rejected in packed.rejected[:50]:
+        click.echo(printable(f"rejected: {rejected}"), err=True)
+    if len(packed.rejected) > 50:
+        click.echo(f"… and {len(packed.rejected) - 50:,} more (all: --json)", err=True)
+    click.echo(f"{out}\n{describe(packed)}\nnext: codeflow train --shards {out} --out run/")
+
+
 # -- looking at data ------------------------------------------------------------------------------
 
 
@@ -342,30 +407,43 @@ def schema(table: str, write: Path | None) -> None:
 Examples:
   codeflow train --shards data/ --out run/ --steps 300
   codeflow train --shards data/ --out run/ --size small --set train.learning_rate=3e-4
+  codeflow train --shards data/ --size 1.2b --set train.dtype=bfloat16 --dry-run
+  codeflow train --recipe pipelines/train-stages.toml --out run/
+  codeflow train --recipe pipelines/train-stages.toml --out run/ --resume
+  torchrun --nproc-per-node 2 -m codeflow.train --shards data/ --out run/ --size 1.2b
 """
 )
-@click.option("--shards", required=True, help="Dataset folder, shards folder or its manifest.json.")
-@click.option("--out", required=True, help="Folder for metrics.jsonl and checkpoints.")
-@click.option("--steps", type=click.IntRange(1), help="Optimizer updates.")
-@click.option("--size", help="Named model size.")
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with [model], [train].")
+@click.option("--shards", help="Dataset folder, shards folder or its manifest.json; the data of "
+              "stages that name none.")  # fmt: skip
+@click.option("--out", help="Folder for metrics.jsonl and checkpoints.")
+@click.option("--steps", type=click.IntRange(1), help="Length of a run without stages.")
+@click.option("--size", help="Named model size, from tiny (the default) to 40b.")
+@click.option("--recipe", "--config", "config", type=click.Path(dir_okay=False),
+              help="TOML file with [model], [train] and [[stage]] tables.")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
-              help="Override one setting; may be repeated.")  # fmt: skip
+              help="Override one setting; of a stage: stage.NAME.key=value. May be "
+              "repeated.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+@click.option("--dry-run", is_flag=True,
+              help="Say what the run comes to, and whether it fits a GPU; needs none.")  # fmt: skip
+@click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), default=141.0,
+              show_default=True, metavar="GB", help="Of each GPU, for --dry-run.")  # fmt: skip
+@click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="GPUs, for --dry-run.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def train(as_json: bool, **options: Any) -> None:
-    """Train a LoopCoder on shards (needs the `train` extra: torch, safetensors)."""
-    import dataclasses
+def train(**options: Any) -> None:
+    """Train a LoopCoder on shards (needs the `train` extra: torch, safetensors).
 
+    A run that is interrupted or told to stop (SIGTERM) saves a checkpoint first.
+    """
     try:
-        from codeflow.train.__main__ import summary
-        from codeflow.train.trainer import run
+        from codeflow.train.__main__ import execute
     except ModuleNotFoundError as e:
         raise CodeflowError(
             f"training needs {e.name}: pip install 'codeflow[train]' (README: CPU builds)"
         ) from e
-    result = run(options.pop("shards"), options.pop("out"), **options)
-    click.echo(json.dumps(dataclasses.asdict(result)) if as_json else summary(result))
+    if text := execute(**options):
+        click.echo(text)
 
 
 # -- one build ------------------------------------------------------------------------------------

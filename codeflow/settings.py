@@ -1,9 +1,9 @@
 """Typed settings: frozen dataclasses read from mappings, with errors that name the nearest key.
 
 A setting is a dataclass field made by `setting(default, meaning, unit=…, source=…)`. Sections are
-dataclasses inside dataclasses. Supported field types: bool, int, float, str, `T | None`,
-`tuple[T, ...]` and nested dataclasses. Standard library only, because the trainer uses it on
-machines that have nothing else.
+dataclasses inside dataclasses, lists of tables (`[[stage]]`) tuples of dataclasses. Supported field
+types: bool, int, float, str, `T | None`, `tuple[T, ...]` and nested dataclasses. Standard library
+only, because the trainer uses it on machines that have nothing else.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def to_mapping(settings: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             result[f.name] = to_mapping(value)
         elif isinstance(value, tuple):
-            result[f.name] = list(value)
+            result[f.name] = [to_mapping(v) if dataclasses.is_dataclass(v) else v for v in value]
         elif value is not None:
             result[f.name] = value
     return result
@@ -148,9 +148,23 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{where}: `{name}` is a section; set its keys, e.g. `{name}.…`")
             values[key] = _build(typing.cast(Any, hints[key]), value, where, name + ".")
+        elif (table := _table_of(hints[key])) is not None:
+            if not isinstance(value, (list, tuple)) or not all(
+                isinstance(v, Mapping) for v in value
+            ):
+                raise RecipeError(f"{where}: `{name}` is a list of tables; write [[{name}]]")
+            values[key] = tuple(
+                _build(table, v, where, f"{name}[{i}].") for i, v in enumerate(value)
+            )
         else:
             values[key] = _checked(value, hints[key], fields[key].metadata, where, name)
     return cls(**values)
+
+
+def _table_of(hint: Any) -> Any:
+    """The dataclass of a tuple of dataclasses; None for any other type."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if dataclasses.is_dataclass(item) else None
 
 
 def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], where: str, name: str) -> Any:

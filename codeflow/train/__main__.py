@@ -1,64 +1,151 @@
-"""`python -m codeflow.train`: train where neither click nor git is installed."""
+"""`python -m codeflow.train`: train where neither click nor git is installed, or under torchrun."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-from codeflow.errors import CodeflowError
+from codeflow.errors import CodeflowError, UsageError
 from codeflow.train.config import SIZES
-from codeflow.train.trainer import TrainResult, run
+from codeflow.train.estimate import H200_BYTES, estimate, render
+from codeflow.train.progress import TrainResult
+from codeflow.train.resolve import resolve
+from codeflow.train.signals import Stopped
+from codeflow.train.trainer import run
+
+_EXAMPLES = """examples:
+  python -m codeflow.train --shards data/ --out run/ --steps 300
+  python -m codeflow.train --recipe pipelines/train-stages.toml --out run/ --dry-run
+  python -m codeflow.train --recipe pipelines/train-stages.toml --out run/
+  python -m codeflow.train --recipe pipelines/train-stages.toml --out run/ --resume
+  torchrun --nproc-per-node 2 -m codeflow.train --shards data/ --out run/ --size 1.2b
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
     try:
-        result = run(
-            options.shards,
-            options.out,
-            steps=options.steps,
-            size=options.size,
-            config=options.config,
-            overrides=options.set,
-            resume=options.resume,
-        )
+        text = execute(**options)
     except CodeflowError as e:
-        print(f"error: {e}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            print(f"error: {e}", file=sys.stderr)
+        elif not isinstance(e, Stopped):  # which all processes are at the same step
+            print(f"error on rank {rank}: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
         print("interrupted; continue with --resume", file=sys.stderr)
         return 130
-    print(json.dumps(dataclasses.asdict(result)) if options.json else summary(result))
+    if text:
+        print(text)
     return 0
+
+
+def execute(
+    *,
+    shards: str | None,
+    out: str | None,
+    steps: int | None,
+    size: str | None,
+    config: str | None,
+    overrides: Sequence[str],
+    resume: bool,
+    dry_run: bool,
+    gpu_memory: float,
+    world_size: int,
+    as_json: bool,
+) -> str:
+    """Train, or with `dry_run` only say what training comes to.
+
+    Returns:
+        What to print on standard output; empty in processes that are not the first.
+
+    Raises:
+        CodeflowError: Anything that stops a run on purpose.
+    """
+    said: dict[str, Any] = {
+        "steps": steps,
+        "size": size,
+        "config": config,
+        "overrides": overrides,
+    }
+    if dry_run:
+        plan = resolve(shards, **said, world_size=world_size)
+        result = estimate(plan, gpu_memory=round(gpu_memory * 1e9), world_size=world_size)
+        return json.dumps(dataclasses.asdict(result)) if as_json else render(result)
+    if out is None:
+        raise UsageError("--out: name the folder of the run, or add --dry-run")
+    trained = run(shards, out, **said, resume=resume)
+    if os.environ.get("RANK", "0") != "0":
+        return ""
+    return json.dumps(dataclasses.asdict(trained)) if as_json else summary(trained)
 
 
 def summary(result: TrainResult) -> str:
     """The result for a person, one line."""
     cropped = f", {result.tokens_cropped:,} cropped" if result.tokens_cropped else ""
+    skipped = f", {result.skipped:,} without an update" if result.skipped else ""
+    heldout = f", held out {result.heldout_loss:.3f}" if result.heldout_loss is not None else ""
     return (
-        f"{result.steps:,} steps, {result.tokens:,} tokens{cropped}, {result.seconds:.1f} s; "
-        f"loss {result.first_losses_mean:.3f} -> {result.last_losses_mean:.3f} "
-        f"(means of 10 steps); {result.checkpoint}"
+        f"{result.steps:,} steps{skipped}, {result.tokens:,} tokens{cropped}, "
+        f"{result.seconds:.1f} s; loss {result.first_losses_mean:.3f} -> "
+        f"{result.last_losses_mean:.3f} (means of 10 steps){heldout}; {result.checkpoint}"
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m codeflow.train", description="Train a LoopCoder on packed shards."
+        prog="python -m codeflow.train",
+        description="Train a LoopCoder on packed shards.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shards", required=True, help="dataset folder, shards or manifest.json")
-    parser.add_argument("--out", required=True, help="folder for metrics.jsonl and checkpoints/")
-    parser.add_argument("--steps", type=int, help="optimizer updates")
-    parser.add_argument("--size", choices=sorted(SIZES), help="named model size (default: tiny)")
-    parser.add_argument("--config", help="TOML file with [model] and [train]")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting"
+        "--shards", help="dataset folder, shards or manifest.json; of stages that name none"
+    )
+    parser.add_argument("--out", help="folder for metrics.jsonl and checkpoints/")
+    parser.add_argument("--steps", type=int, help="length of a run without stages")
+    parser.add_argument("--size", help=f"named model size: {', '.join(SIZES)} (default: tiny)")
+    parser.add_argument(
+        "--recipe",
+        "--config",
+        dest="config",
+        metavar="FILE",
+        help="TOML file with [model], [train] and [[stage]]",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="one setting; of a stage: stage.NAME.key=value",
     )
     parser.add_argument("--resume", action="store_true", help="from the newest checkpoint of --out")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what the run comes to, and whether it fits a GPU; needs none",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=H200_BYTES / 1e9,
+        metavar="GB",
+        help="of each GPU, for --dry-run (default: %(default)g, an H200)",
+    )
+    parser.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="GPUs, for --dry-run (default: 1)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", dest="as_json", help="print the result as JSON"
+    )
     return parser
 
 

@@ -42,7 +42,14 @@ class Documents:
         ends = torch.cumsum(n, 0)
         positions = torch.arange(int(n.sum())) - torch.repeat_interleave(ends - n, n)
         cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
-        return cls(tuple(lengths), cu_seqlens.to(device), positions.to(device))
+        return cls(tuple(lengths), to_device(cu_seqlens, device), to_device(positions, device))
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy from the host; to a GPU out of pinned memory, which needs no wait for its work."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,7 @@ class LoopCoder(nn.Module):
         dtype: Of the activations.
         seed: Of the initial weights: N(0, initializer_range), norms 1, biases and gates 0.
         checkpointing: What the backward pass computes again, one of `recompute.POLICIES`.
+        z_loss: Coefficient of logsumexp(logits)^2 in the loss; see `loss.cross_entropy`.
 
     Raises:
         UsageError: A back end or policy that does not exist, or a back end that cannot run here.
@@ -244,9 +245,10 @@ class LoopCoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         checkpointing: str = "none",
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.z_loss = config, dtype, z_loss
         policy = recompute.require_policy(checkpointing)
         self.model = Backbone(config, backend_named(backend), policy)
         self.lm_head = None
@@ -322,7 +324,7 @@ class LoopCoder(nn.Module):
         hidden = self.model.norm(x)
         loss = hidden.new_zeros((), dtype=torch.float32)
         if labels is not None:
-            loss = cross_entropy(hidden, self.head_weight, labels)
+            loss = cross_entropy(hidden, self.head_weight, labels, z_loss=self.z_loss)
         return Output(hidden, means, loss, stds, torch.stack(rms))
 
     def next_loop(self, x: Tensor, embedded: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""AdamW with decay only where it regularises, and the schedules of the learning rate."""
+"""Optimizers, with weight decay only where it regularises."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from codeflow.errors import UsageError
 from codeflow.train.recipe import TrainConfig
 
 
@@ -19,10 +22,51 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "gate_projection" not in name and "embed_tokens" not in name
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with two parameter groups: decayed and not."""
-    named = list(model.named_parameters())
-    groups = [
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter 2019), or Muon and AdamW, over all parameters that train.
+
+    Muon (Jordan et al. 2024) takes the matrices of the layers. Its updates are scaled to the size
+    that AdamW's have (Liu et al. 2025), so both share learning rate and weight decay.
+
+    Raises:
+        UsageError: Muon for a sharded model: it needs whole matrices.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return [_adamw(named, config)]
+    if any(isinstance(p, DTensor) for _, p in named):
+        raise UsageError(
+            "train.optimizer=muon needs whole matrices and cannot train a sharded model; set "
+            "train.parallel=ddp, or train.optimizer=adamw"
+        )
+    muon = torch.optim.Muon(
+        [p for n, p in named if _is_layer_matrix(n, p)],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, _adamw([(n, p) for n, p in named if not _is_layer_matrix(n, p)], config)]
+
+
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], value: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value
+
+
+def forget_moments(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Back to the state of a new optimizer."""
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+
+def _is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return ".layers." in name and decays(name, parameter)
+
+
+def _adamw(named: list[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
@@ -34,24 +78,3 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.epsilon,
         fused=fused or None,
     )
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step 0, 1, …: linear warm-up to the peak, then the schedule.
-
-    The first step is never zero, and the last step (`steps` - 1) has the smallest rate of the
-    decay, `min_learning_rate` x peak.
-    """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if config.schedule == "constant":
-        return peak
-    done = min(1.0, (step - warmup + 1) / max(1, config.steps - warmup))
-    left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return peak * (config.min_learning_rate + (1.0 - config.min_learning_rate) * left)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value

@@ -1,83 +1,85 @@
-"""The training loop: rows in, checkpoints and metrics out, one process, readable top to bottom.
+"""The training loop: rows in, checkpoints and metrics out, readable top to bottom.
 
-Everything that decides a step (weights, optimizer, random state, position in the data) is in a
+The same loop runs in one process and in many; `parallel` hides the difference. Everything that
+decides a step (weights, optimizer, random state, position in the data, what was skipped) is in a
 checkpoint, so a resumed run repeats what the uninterrupted one would have done, bit for bit on one
 machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import math
+import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codeflow.errors import UsageError
-from codeflow.load import Manifest, PackedRow, ShardDataset, read_manifest
-from codeflow.train import checkpoint
-from codeflow.train.attention import Documents
-from codeflow.train.config import ModelConfig
+from codeflow.load import Manifest, ShardDataset
+from codeflow.train import checkpoint, parallel
+from codeflow.train.batches import Batch, batches, collate
 from codeflow.train.errors import TrainingError
-from codeflow.train.flops import parameter_count, training_flops
-from codeflow.train.hf import load_weights
-from codeflow.train.loss import IGNORE
+from codeflow.train.estimate import choose_checkpointing
+from codeflow.train.evaluate import Evaluation, evaluate, token_bytes
+from codeflow.train.flops import parameter_count
+from codeflow.train.hf import initialise_from
 from codeflow.train.metrics import Metrics, say
-from codeflow.train.model import LoopCoder
-from codeflow.train.optim import learning_rate, make_optimizer, set_learning_rate
-from codeflow.train.recipe import RunConfig, TrainConfig
-from codeflow.train.resolve import resolve
+from codeflow.train.model import LoopCoder, Output
+from codeflow.train.optim import forget_moments, make_optimizers, set_learning_rate
+from codeflow.train.parallel import World
+from codeflow.train.progress import (
+    Progress,
+    TrainResult,
+    Window,
+    chosen_sinks,
+    introduce,
+    model_statistics,
+    peak_memory,
+    step_line,
+)
+from codeflow.train.resolve import Run, StagePlan, resolve
+from codeflow.train.schedule import learning_rate
+from codeflow.train.signals import Stopped, StopSignals
+from codeflow.train.skip import SkipRule
 
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        steps: Optimizer updates in total, those before a resume included.
-        first_loss, last_loss: Mean loss per target of the first and last step, in nats.
-        first_losses_mean, last_losses_mean: The same over the first and last 10 steps.
-        tokens: Tokens trained on, in total.
-        tokens_cropped: Tokens that `train.max_length` cut off, in total.
-        seconds: Wall time of this process in the loop.
-        parameters: Of the model, embeddings included.
-        checkpoint: Folder of the last checkpoint.
-    """
-
-    steps: int
-    first_loss: float
-    last_loss: float
-    first_losses_mean: float
-    last_losses_mean: float
-    tokens: int
-    tokens_cropped: int
-    seconds: float
-    parameters: int
-    checkpoint: str
+__all__ = ["TrainResult", "collate", "run", "train"]
 
 
 @dataclass
-class Progress:
-    """The counters that a checkpoint carries."""
+class Job:
+    """What all stages of a run share.
 
-    step: int = 0
-    tokens: int = 0
-    tokens_cropped: int = 0
-    first_losses: list[float] = dataclasses.field(default_factory=list)
-    last_losses: list[float] = dataclasses.field(default_factory=list)
+    Attributes:
+        module: What to call: the model, or what `parallel` wrapped around it.
+        metrics: On rank 0 alone.
+        saved: The last checkpoint.
+    """
 
-    def add(self, loss: float, tokens: int) -> None:
-        self.step += 1
-        self.tokens += tokens
-        self.first_losses = [*self.first_losses, loss][:10]
-        self.last_losses = [*self.last_losses, loss][-10:]
+    run: Run
+    world: World
+    model: LoopCoder
+    module: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    progress: Progress
+    rule: SkipRule
+    signals: StopSignals
+    metrics: Metrics | None
+    folder: Path
+    saved: Path | None
+    started: float
 
 
 def run(
-    shards: str | Path,
+    shards: str | Path | Manifest | None,
     out: str | Path,
     *,
     steps: int | None = None,
@@ -89,203 +91,290 @@ def run(
     """Train from what a user says on a command line.
 
     Args:
-        shards: Dataset folder, shards folder or manifest.
+        shards: Dataset folder, shards folder or manifest; None when every stage names its own.
         out: Folder of the run: `metrics.jsonl` and `checkpoints/`.
-        steps: Overrides `train.steps`.
+        steps: Length of a run without stages.
         size: A named model size, under what `config` and `overrides` say.
-        config: TOML file with sections `[model]` and `[train]`.
+        config: TOML recipe with `[model]`, `[train]` and `[[stage]]` tables.
         overrides: `section.key=value` strings, strongest.
         resume: Continue from the newest checkpoint of `out`.
 
     Raises:
         UsageError: Settings that do not exist or do not fit the data.
         ShardError: Data missing or damaged.
+        Stopped: By a signal; a checkpoint was saved.
         CodeflowError: Anything else that stops a run on purpose.
     """
-    manifest = read_manifest(shards)
-    settings = resolve(manifest, steps=steps, size=size, config=config, overrides=overrides)
-    return train(manifest, Path(out), settings, resume=resume)
+    resolved = resolve(
+        shards,
+        steps=steps,
+        size=size,
+        config=config,
+        overrides=overrides,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's
+    )
+    world = parallel.start(resolved.train.device)
+    try:
+        return train(resolved, Path(out), world, resume=resume)
+    finally:
+        parallel.stop(world)
 
 
-def train(
-    manifest: Manifest, out: Path, settings: RunConfig, *, resume: bool = False
-) -> TrainResult:
-    """Train with resolved settings; see `run`."""
-    config, folder = settings.train, out / "checkpoints"
-    found = checkpoint.latest(folder)
+def train(run: Run, out: Path, world: World, *, resume: bool = False) -> TrainResult:
+    """Train a resolved run; every process of `world` calls it. See `run`."""
+    config, folder = run.train, out / "checkpoints"
+    found = parallel.from_rank_0(checkpoint.latest(folder), world)
     if found and not resume:
         raise UsageError(f"{out}: holds a run ({found.name}); add --resume, or use another --out")
-    if resume and not found:
-        say(f"{out}: no checkpoint to resume from; starting at step 0")
-    device = _device(config.device)
     torch.manual_seed(config.seed)
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    model = LoopCoder(settings.model, backend=config.backend, dtype=dtype, seed=config.seed)
-    model.to(device)
-    optimizer = make_optimizer(model, config)
-    stream = ShardDataset(manifest, seed=config.seed, epochs=None)
-    progress = Progress()
+    model = _build_model(run, world, fresh=found is None)
+    module = parallel.distribute(
+        model,
+        world,
+        strategy=config.parallel,
+        dtype=model.dtype,
+        reshard_after_forward=config.reshard,
+    )
+    if config.compile:
+        model.compile_layers()
+    optimizers = make_optimizers(model, config)
+    progress, rule = Progress(), SkipRule(config.skip_sigmas)
+    loader: dict[str, Any] = {}
     if found:
-        progress = _restore(found, model, optimizer, stream)
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(out / "metrics.jsonl", resumed_at=progress.step)
-    _introduce(settings, manifest, device, found)
+        checkpoint.require_config(found, run.model)
+        state = checkpoint.restore(found, model, optimizers, world)
+        progress, loader = Progress(**state["progress"]), state["loader"]
+        rule.load_state_dict(state["skip"])
+        run.require_stage(state["stage"], progress.step, found)
+    with contextlib.ExitStack() as closing:
+        metrics = None
+        if world.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            sinks = chosen_sinks(run, out, progress.step)
+            metrics = Metrics(out / "metrics.jsonl", progress.step, sinks)
+            closing.callback(metrics.close)
+            introduce(run, world, found)
+            if resume and not found:
+                say("no checkpoint to resume from; starting at step 0")
+        signals = closing.enter_context(StopSignals())
+        job = Job(
+            run, world, model, module, optimizers, progress, rule, signals, metrics, folder,
+            saved=found, started=time.perf_counter(),
+        )  # fmt: skip
+        for plan in run.stages:
+            if progress.step < plan.end:
+                _train_stage(job, plan, loader)
+    return _result(job)
 
-    rows = iter(stream)
-    start = logged = time.perf_counter()
-    tokens_logged = flops_logged = 0
-    while progress.step < config.steps:
-        lr = learning_rate(config, progress.step)
-        set_learning_rate(optimizer, lr)
-        batch = _take(rows, config, progress)
-        # Normalised by the targets of the whole step, so how it is cut into passes cannot matter.
-        targets = sum(int((row.labels != IGNORE).sum()) for row in batch)
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
-        for i in range(0, len(batch), config.micro_rows):
-            ids, labels, docs = collate(batch[i : i + config.micro_rows], device)
-            output = model(ids, docs, labels)
-            loss = output.loss / max(1, targets)
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        step_loss, step_norm = torch.stack([total, norm]).tolist()  # the one sync of a step
-        _require_finite(step_loss, step_norm, progress.step, batch)
-        optimizer.step()
 
-        doc_lens = [n for row in batch for n in row.doc_lens.tolist()]
-        progress.add(step_loss, sum(doc_lens))
-        tokens_logged += sum(doc_lens)
-        flops_logged += training_flops(settings.model, doc_lens)
-        step, last = progress.step, progress.step == config.steps
-        if step % config.log_every == 0 or step == 1 or last:
-            now = time.perf_counter()
-            gate = output.gate_means.mean().item() if output.gate_means.numel() else None
-            metrics.log(
+def _train_stage(job: Job, plan: StagePlan, loader: dict[str, Any]) -> None:
+    """Train a stage from where the run is; `loader` is the state of its data, if it has begun."""
+    config, progress, rule = job.run.train, job.progress, job.rule
+    stream = ShardDataset(
+        plan.manifest,
+        seed=config.seed,
+        rank=job.world.rank,
+        world_size=job.world.world_size,
+        epochs=None,
+        holdout=plan.stage.holdout,
+    )
+    if progress.step > plan.first:
+        stream.load_state_dict(loader)
+    else:
+        rule.forget()
+        if plan.stage.reset_optimizer:
+            forget_moments(job.optimizers)
+    steps = batches(stream, plan, config.micro_rows, job.world)
+    batch = next(steps)
+    window = Window(time.perf_counter())
+    while progress.step < plan.end:
+        lr = learning_rate(plan.stage, progress.step - plan.first, plan.steps)
+        set_learning_rate(job.optimizers, lr)
+        sums, output = _forward_and_backward(job, batch)
+        following = next(steps)  # read while the device works
+        loss, norm, stopping = sums.tolist()  # the one wait for the device
+        skip = rule.skips(loss, norm)
+        if not skip:
+            for optimizer in job.optimizers:
+                optimizer.step()
+        for optimizer in job.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        targets, tokens, cropped = batch.counts.tolist()
+        progress.add(loss, tokens, cropped)
+        window.add(batch, job.run.model)
+
+        step, last = progress.step, progress.step == plan.end
+        if skip:
+            _report_skip(job, batch, loss, norm)
+        if step % config.log_every == 0 or step == 1 or last or stopping:
+            _log(
+                job,
+                window,
                 {
                     "step": step,
-                    "loss": step_loss,
+                    "stage": plan.stage.name,
+                    "epoch": batch.epoch,
+                    "loss": loss,
+                    "grad_norm": norm,
                     "learning_rate": lr,
-                    "grad_norm": step_norm,
                     "targets": targets,
-                    "tokens": progress.tokens,
-                    "tokens_cropped": progress.tokens_cropped,
-                    "epoch": stream.epoch,
-                    "gate_mean": gate,
-                    "tokens_per_second": tokens_logged / (now - logged),
-                    "flops_per_second": flops_logged / (now - logged),
-                    "seconds": now - start,
-                }
+                    **model_statistics(output),
+                },
             )
-            say(
-                f"step {step}/{config.steps}  loss {step_loss:.4f}  norm {step_norm:.2f}  "
-                f"lr {lr:.2e}  {tokens_logged / (now - logged):,.0f} tok/s"
-            )
-            logged, tokens_logged, flops_logged = now, 0, 0
-        if step % config.checkpoint_every == 0 or last:
-            found = _save(folder, model, optimizer, stream, progress, config)
-    return _result(progress, settings.model, found, time.perf_counter() - start)
+            window = Window(time.perf_counter())
+        paused = time.perf_counter()
+        if plan.stage.holdout and (step % config.evaluate_every == 0 or last):
+            _evaluate(job, plan)
+        if step % config.checkpoint_every == 0 or last or stopping:
+            _save(job, plan, batch)
+        window.started += time.perf_counter() - paused
+        if stopping and step < job.run.steps:
+            _stop(job)
+        batch = following
 
 
-def collate(
-    rows: Sequence[PackedRow], device: torch.device | str
-) -> tuple[Tensor, Tensor, Documents]:
-    """Lay rows one after another: `(input_ids (T,), labels (T,), documents)` on the device."""
-    ids = torch.cat([row.input_ids for row in rows]).to(device, non_blocking=True)
-    labels = torch.cat([row.labels for row in rows]).to(device, non_blocking=True)
-    return ids, labels, Documents.of([n for row in rows for n in row.doc_lens.tolist()], device)
+def _forward_and_backward(job: Job, batch: Batch) -> tuple[Tensor, Output]:
+    """Gradients of a step, clipped: `(loss, their norm before, stop signals seen)`, on the device.
+
+    The loss is normalised by the targets of the whole step on all ranks, so how the step is cut
+    into passes and spread over ranks cannot matter.
+    """
+    targets = batch.counts[0].clamp(min=1)
+    loss = torch.zeros((), device=job.world.device)
+    for i, (ids, labels, docs) in enumerate(batch.passes, start=1):
+        with parallel.accumulate(job.module, last=i == len(batch.passes)):
+            output: Output = job.module(ids, docs, labels)
+            share = output.loss / targets
+            torch.autograd.backward(share)
+        loss += share.detach()
+    norm = parallel.clip_gradients(job.model, job.run.train.clip_norm, job.world)
+    stop = torch.full_like(loss, float(job.signals.caught is not None))
+    loss, stop = parallel.total(torch.stack([loss, stop]), job.world)
+    return torch.stack([loss, norm, stop]), output
 
 
-def _take(rows: Iterator[PackedRow], config: TrainConfig, progress: Progress) -> list[PackedRow]:
-    batch = [next(rows) for _ in range(config.batch_rows)]
-    if config.max_length is None:
-        return batch
-    cropped = [row.cropped(config.max_length) for row in batch]
-    progress.tokens_cropped += sum(len(r.input_ids) for r in batch)
-    progress.tokens_cropped -= sum(len(r.input_ids) for r in cropped)
-    return cropped
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"train.device={name}: not usable here: {e}") from e
-
-
-def _require_finite(loss: float, norm: float, step: int, batch: list[PackedRow]) -> None:
-    if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
-        raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights were not touched. "
-            "Resume with a lower train.learning_rate or a longer train.warmup_steps. "
-            f"Rows of this step: {[row.row_id for row in batch]}."
+def _build_model(run: Run, world: World, *, fresh: bool) -> LoopCoder:
+    """The model, on rank 0 with its first weights, elsewhere without: those of rank 0 count."""
+    config, memory = run.train, None
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    with torch.device("cpu" if world.rank == 0 else "meta"):
+        model = LoopCoder(
+            run.model,
+            backend=config.backend,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+            seed=config.seed,
+            checkpointing=choose_checkpointing(run, memory, world.world_size),
+            z_loss=config.z_loss,
         )
+    if fresh and config.initialise_from and world.rank == 0:
+        initialise_from(model, config.initialise_from, fold=config.fold)
+    return model
 
 
-def _save(
-    folder: Path,
-    model: LoopCoder,
-    optimizer: torch.optim.Optimizer,
-    stream: ShardDataset,
-    progress: Progress,
-    config: TrainConfig,
-) -> Path:
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "loader": stream.state_dict(),
-        "random": random,
-        "progress": dataclasses.asdict(progress),
-    }
-    return checkpoint.save(folder, progress.step, model, state, keep=config.keep_checkpoints)
-
-
-def _restore(
-    found: Path, model: LoopCoder, optimizer: torch.optim.Optimizer, stream: ShardDataset
-) -> Progress:
-    checkpoint.require_config(found, model.config)
-    load_weights(model, found)
-    state = checkpoint.load_state(found)
-    optimizer.load_state_dict(state["optimizer"])
-    stream.load_state_dict(state["loader"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
-    return Progress(**state["progress"])
-
-
-def _introduce(
-    settings: RunConfig, manifest: Manifest, device: torch.device, found: Path | None
-) -> None:
-    body = parameter_count(settings.model, embeddings=False)
-    say(
-        f"LoopCoder: {parameter_count(settings.model) / 1e6:.1f} M parameters "
-        f"({body / 1e6:.1f} M without embeddings), {settings.model.loop_num} loops, {device}, "
-        f"{settings.train.dtype}; {manifest.rows:,} rows, {manifest.tokens:,} tokens"
-        + (f"; resumed from {found.name}" if found else "")
+def _report_skip(job: Job, batch: Batch, loss: float, norm: float) -> None:
+    """Say that there was no update; end the run when that happens too often in a row."""
+    step, limit = job.progress.step, job.run.train.skip_limit
+    if job.metrics:
+        say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: no update")
+    if job.rule.in_a_row < limit:
+        return
+    ids = [row.row_id for row in batch.rows]
+    every = sorted(i for part in parallel.from_all_ranks(ids, job.world) for i in part)
+    raise TrainingError(
+        f"step {step}: loss {loss}, gradient norm {norm}: {limit} steps in a row were not finite "
+        "or far out, and the weights were not touched. Resume from the last checkpoint with a "
+        "lower train.learning_rate or a longer train.warmup_steps; train.skip_limit is how many "
+        f"are allowed. Rows of this step: {every}."
     )
-    limit = settings.train.max_length
-    if limit is not None and limit < manifest.length:
-        say(f"rows are cropped to {limit:,} of up to {manifest.length:,} tokens")
 
 
-def _result(
-    progress: Progress, model: ModelConfig, found: Path | None, seconds: float
-) -> TrainResult:
-    first, last = progress.first_losses, progress.last_losses
+def _log(job: Job, window: Window, numbers: dict[str, Any]) -> None:
+    """Complete the numbers of a step by those of the run, and write them; every rank must call."""
+    rates = window.rates(job.world)
+    if job.metrics is None:
+        return
+    numbers |= {
+        "tokens": job.progress.tokens,
+        "tokens_cropped": job.progress.tokens_cropped,
+        "skipped": job.rule.skipped,
+        **rates,
+        "memory_bytes": peak_memory(job.world.device),
+        "seconds": time.perf_counter() - job.started,
+    }
+    job.metrics.log(numbers)
+    say(step_line(numbers, job.run, window))
+
+
+def _evaluate(job: Job, plan: StagePlan) -> None:
+    """Score the same held-out rows every time; each rank takes its share of them."""
+    world, folder = job.world, plan.manifest.folder
+    heldout = ShardDataset(
+        plan.manifest,
+        rank=world.rank,
+        world_size=world.world_size,
+        epochs=None,  # as many rows on every rank, were it by starting again
+        holdout=plan.stage.holdout,
+        part="heldout",
+        with_docs=True,
+    )
+    count = max(1, min(job.run.train.evaluate_rows, heldout.rows) // world.world_size)
+    rows = (row.cropped(plan.row_length) for row in itertools.islice(heldout, count))
+    try:
+        lengths = token_bytes(folder / "tokenizer.json", job.run.model.vocab_size)
+    except UsageError:  # a tokenizer whose tokens have no length in bytes
+        lengths = None
+    mine = evaluate(job.model, rows, world.device, lengths)
+    result = sum(parallel.from_all_ranks(mine, world), start=Evaluation())
+    job.progress.heldout_loss = result.loss
+    if job.metrics:
+        named = result.as_metrics()
+        job.metrics.log({"step": job.progress.step, "stage": plan.stage.name, **named})
+        shown = "  ".join(f"{n.removeprefix('eval/')} {value:.4f}" for n, value in named.items())
+        say(f"step {job.progress.step}/{job.run.steps}  held out: {shown}")
+
+
+def _save(job: Job, plan: StagePlan, batch: Batch) -> None:
+    state = {
+        "progress": dataclasses.asdict(job.progress),
+        "skip": job.rule.state_dict(),
+        "stage": {"name": plan.stage.name, "first": plan.first},
+        "loader": batch.loader,
+    }
+    job.saved = checkpoint.save(
+        job.folder,
+        job.progress.step,
+        job.model,
+        job.optimizers,
+        state,
+        keep=job.run.train.keep_checkpoints,
+        world=job.world,
+    )
+
+
+def _stop(job: Job) -> NoReturn:
+    caught = job.signals.caught or signal.SIGTERM  # another process may have caught it
+    raise Stopped(
+        f"stopped by {caught.name} after step {job.progress.step} of {job.run.steps}; "
+        f"{job.saved} is saved. Repeat the command with --resume to go on.",
+        caught,
+    )
+
+
+def _result(job: Job) -> TrainResult:
+    progress = job.progress
+    first, last = progress.first_losses or [math.nan], progress.last_losses or [math.nan]
     return TrainResult(
         steps=progress.step,
         first_loss=first[0],
         last_loss=last[-1],
         first_losses_mean=sum(first) / len(first),
         last_losses_mean=sum(last) / len(last),
+        heldout_loss=progress.heldout_loss,
         tokens=progress.tokens,
         tokens_cropped=progress.tokens_cropped,
-        seconds=seconds,
-        parameters=parameter_count(model),
-        checkpoint=str(found),
+        skipped=job.rule.skipped,
+        seconds=time.perf_counter() - job.started,
+        parameters=parameter_count(job.run.model),
+        checkpoint=str(job.saved),
     )

@@ -22,7 +22,8 @@ from codeflow.recipe import (
 )
 from codeflow.settings import flatten, read_toml, to_mapping
 
-PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.toml"))
+_TOML = (Path(__file__).parents[2] / "pipelines").glob("*.toml")
+PIPELINES = sorted(p for p in _TOML if not p.name.startswith("train-"))
 LEAVES = list(flatten(Recipe()))
 
 

@@ -1,43 +1,12 @@
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from codeflow.train.config import ModelConfig
 from codeflow.train.model import LoopCoder
-from codeflow.train.optim import decays, learning_rate, make_optimizer, set_learning_rate
+from codeflow.train.optim import decays, forget_moments, make_optimizers, set_learning_rate
 from codeflow.train.recipe import TrainConfig
-
-
-@given(
-    st.sampled_from(["constant", "linear", "cosine"]),
-    st.integers(1, 300),
-    st.integers(0, 50),
-    st.floats(0, 1),
-)
-def test_schedules_rise_then_fall(kind: str, steps: int, warmup: int, low: float) -> None:
-    c = TrainConfig(steps=steps, warmup_steps=warmup, schedule=kind, min_learning_rate=low)
-    rates = [learning_rate(c, step) for step in range(steps)]
-    peak = c.learning_rate
-    assert all(0 <= r <= peak * (1 + 1e-9) for r in rates)
-    ramp, decay = rates[:warmup], rates[warmup:]
-    assert ramp == [peak * (i + 1) / warmup for i in range(len(ramp))]
-    assert all(a >= b - 1e-12 for a, b in pairwise(decay))
-    if decay:
-        assert decay[-1] == pytest.approx(peak if kind == "constant" else peak * low)
-
-
-def test_midpoints() -> None:
-    for kind, middle in (("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)):
-        c = TrainConfig(steps=100, warmup_steps=0, schedule=kind, learning_rate=1.0)
-        assert learning_rate(c, 49) == pytest.approx(middle)
-    c = TrainConfig(steps=100, warmup_steps=0, learning_rate=1.0, min_learning_rate=0.0)
-    assert learning_rate(c, 24) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
 def test_only_matrices_decay() -> None:
@@ -52,23 +21,81 @@ def test_only_matrices_decay() -> None:
     }
 
 
-def test_optimizer_holds_every_parameter_once() -> None:
-    model = LoopCoder(ModelConfig(vocab_size=32, tie_word_embeddings=True))
-    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.3))
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_optimizers_hold_every_parameter_once(optimizer: str, tied: bool) -> None:
+    model = LoopCoder(ModelConfig(vocab_size=32, tie_word_embeddings=tied))
+    optimizers = make_optimizers(model, TrainConfig(weight_decay=0.3, optimizer=optimizer))
+    groups = [group for o in optimizers for group in o.param_groups]
+    held = [p for group in groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
-    set_learning_rate(optimizer, 0.125)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125]
+    assert sorted(g["weight_decay"] for g in groups) == [0.0, *[0.3] * (len(groups) - 1)]
+    set_learning_rate(optimizers, 0.125)
+    assert {g["lr"] for g in groups} == {0.125}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = LoopCoder(ModelConfig(vocab_size=32))
+    for layer in model.model.layers:
+        layer.gate_projection.requires_grad_(False)
+    (optimizer,) = make_optimizers(model, TrainConfig())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_muon_takes_the_matrices_of_the_layers() -> None:
+    model = LoopCoder(ModelConfig(vocab_size=32))
+    muon, adamw = make_optimizers(model, TrainConfig(optimizer="muon"))
+    taken = {id(p) for p in muon.param_groups[0]["params"]}
+    names = {n.split(".", 3)[-1] for n, p in model.named_parameters() if id(p) in taken}
+    assert names == {
+        *(f"self_attn.{p}_proj.weight" for p in "qkvo"),
+        *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")),
+    }
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+
+
+def test_muons_updates_are_as_large_as_adamws() -> None:
+    """Root mean square about 0.2 of the learning rate, whatever the shape of the matrix."""
+    torch.manual_seed(0)
+    model = LoopCoder(ModelConfig(vocab_size=32))
+    config = TrainConfig(optimizer="muon", learning_rate=0.1, weight_decay=0)
+    muon, _ = make_optimizers(model, config)
+    matrices = muon.param_groups[0]["params"]
+    before = [p.detach().clone() for p in matrices]
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    for p, old in zip(matrices, before, strict=True):
+        assert 0.1 < (p.detach() - old).square().mean().sqrt() / 0.1 < 0.3
 
 
 def test_decay_acts_where_it_should() -> None:
     model = LoopCoder(ModelConfig(vocab_size=32))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.5, weight_decay=0.1))
+    (optimizer,) = make_optimizers(model, TrainConfig(learning_rate=0.5, weight_decay=0.1))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
         factor = 0.95 if decays(name, p) else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_forgotten_moments_are_those_of_a_new_optimizer() -> None:
+    def updated(forget: bool) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        model = torch.nn.ParameterDict({"w": weight})
+        optimizers = make_optimizers(model, TrainConfig(weight_decay=0))
+        for gradient in (5.0, 0.1):
+            if gradient == 0.1 and forget:
+                forget_moments(optimizers)
+                weight.data.fill_(1.0)
+            weight.grad = torch.full_like(weight, gradient)
+            optimizers[0].step()
+        return weight.detach()
+
+    # The first step of Adam has the size of the learning rate, whatever the gradient.
+    torch.testing.assert_close(updated(forget=True), torch.full((2, 2), 1 - 3e-3))
+    assert not torch.allclose(updated(forget=False), torch.full((2, 2), 1 - 2 * 3e-3), atol=1e-5)
