@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import sys
@@ -444,6 +445,33 @@ def train(**options: Any) -> None:
         ) from e
     if text := execute(**options):
         click.echo(text)
+
+
+def _model_command(name: str, module: str, meaning: str, *first: str) -> None:
+    """Add a command whose options are those of `python -m module`, which GPU machines use."""
+
+    @cli.command(
+        name,
+        help=meaning,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True},
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> int:
+        try:
+            run = importlib.import_module(module).main
+        except ModuleNotFoundError as e:
+            raise CodeflowError(
+                f"{name} needs {e.name}: pip install 'codeflow[train]' (README: CPU builds)"
+            ) from e
+        prog = "codeflow" if first else f"codeflow {name}"
+        return int(run([*first, *arguments], prog=prog))
+
+
+_model_command("evaluate", "codeflow.train.evaluate", "Loss of a model by kind and role.")
+_model_command("generate", "codeflow.train.generate", "Continue a prompt with a model.")
+_model_command("export", "codeflow.train.hf", "A checkpoint for transformers or vLLM.", "export")
+_model_command("import", "codeflow.train.hf", "A Llama or LoopCoder to train from.", "import")
 
 
 # -- one build ------------------------------------------------------------------------------------

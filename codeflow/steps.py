@@ -66,6 +66,7 @@ STEPS = (
         "pack", "pack", "codeflow.pack.run:run", "dataset", ("survey", "tokenizer", "compose"),
         # Its manifest vouches for the whole recipe by hash.
         ("name", "mine", "dedup", "filter", "tokenizer", "compose", "pack"),
+        version=2,
     ),
 )  # fmt: skip
 STAGES = tuple(dict.fromkeys(step.stage for step in STEPS))

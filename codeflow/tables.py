@@ -337,6 +337,13 @@ REJECTS = Table(
     ),
 )
 
+SHARD_SEGMENT = pa.struct(
+    [
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+    ]
+)
+
 DOC = pa.struct(
     [
         pa.field("doc_id", pa.string(), nullable=False),
@@ -345,6 +352,7 @@ DOC = pa.struct(
         pa.field("head_commit", pa.string(), nullable=False),
         pa.field("license", pa.string(), nullable=False),
         pa.field("kind", pa.string(), nullable=False),
+        pa.field("segments", _list(SHARD_SEGMENT), nullable=False),
     ]
 )
 
@@ -363,7 +371,12 @@ def shard_table(token_type: pa.DataType, row_group_rows: int) -> Table:
             Column(
                 "loss_runs", _list(pa.int32()), "run lengths: not trained, trained, not trained, …"
             ),
-            Column("docs", _list(DOC), "where each document comes from, in the order of doc_lens"),
+            Column(
+                "docs",
+                _list(DOC),
+                "where each document comes from, in the order of doc_lens; its segments, in "
+                "reading order, add up to its length",
+            ),
             Column("n_tokens", pa.int32(), "tokens of the row", "tokens"),
         ),
         row_group_rows=row_group_rows,

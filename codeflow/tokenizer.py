@@ -11,12 +11,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as _HFTokenizer
 
 from codeflow.errors import CodeflowError
 from codeflow.storage import AnyPath
 
 END = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
 REPO = "<|repo_name|>"
 FILE = "<|file_sep|>"
 COMMIT_MESSAGE = "<|commit_msg|>"
@@ -26,8 +29,8 @@ COMMIT_AFTER = "<|commit_after|>"
 #: StarCoder's commit tokens, because the report names none for changes.
 CONTROL_TOKENS = (
     END,
-    "<|im_start|>",
-    "<|im_end|>",
+    TURN_START,
+    TURN_END,
     "<|fim_prefix|>",
     "<|fim_middle|>",
     "<|fim_suffix|>",
@@ -41,14 +44,19 @@ CONTROL_TOKENS = (
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary.
+    """A vocabulary, byte-level BPE as a rule.
+
+    Args:
+        data: A tokenizer.json.
+        where: What to call it in messages.
+        required: Control tokens it must have.
 
     Attributes:
         vocab_size: Largest id plus one, control tokens included.
         sha256: Hash of the tokenizer.json it was read from.
     """
 
-    def __init__(self, data: bytes, where: str) -> None:
+    def __init__(self, data: bytes, where: str, required: Sequence[str] = (END,)) -> None:
         try:
             content = json.loads(data)
             # Some vocabularies (Qwen2.5-Coder's) leave control tokens unmarked; the switch below
@@ -63,8 +71,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.sha256 = hashlib.sha256(data).hexdigest()
-        if self.control_id(END) is None:
-            raise CodeflowError(f"{where} has no {END} token, which ends every document")
+        for token in required:
+            if self.control_id(token) is None:
+                raise CodeflowError(f"{where} has no {token} token, which documents need")
 
     @classmethod
     def from_file(cls, path: AnyPath) -> Tokenizer:
@@ -96,3 +105,28 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens shown by name."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def with_control_tokens(
+    data: bytes, where: str, tokens: Sequence[str]
+) -> tuple[bytes, dict[str, int]]:
+    """A tokenizer.json that has these control tokens, and the ids of those that were added.
+
+    Raises:
+        CodeflowError: It is no tokenizer.json, or has no room for another token.
+    """
+    before = Tokenizer(data, where, required=())
+    missing = [t for t in tokens if before.control_id(t) is None]
+    if not missing:
+        return data, {}
+    grown = _HFTokenizer.from_str(data.decode("utf-8"))
+    taken = set(grown.get_vocab(with_added_tokens=True).values())
+    grown.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+    vocabulary = grown.get_vocab(with_added_tokens=True)
+    added = {t: vocabulary[t] for t in missing}
+    if taken & set(added.values()):  # the library counts tokens, whatever their ids
+        raise CodeflowError(
+            f"{where}: {', '.join(missing)} cannot be added, because its ids have gaps: add them "
+            "to its `added_tokens` by hand"
+        )
+    return grown.to_str(pretty=True).encode(), added

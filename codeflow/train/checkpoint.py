@@ -219,7 +219,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
             if (bad := archive.testzip()) is not None:  # torch.load does not look
                 raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         raise _damaged(file, e) from e
     if not isinstance(content, dict) or content.keys() != {"optimizer", "random", "state"}:
         raise CheckpointError(

@@ -224,9 +224,11 @@ def _joined(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict[str, Score]:
     return {**a, **{name: a.get(name, Score()) + score for name, score in b.items()}}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: list[str] | None = None, prog: str = "python -m codeflow.train.evaluate"
+) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         manifest = read_manifest(options.shards)
         part: dict[str, Any] = {"holdout": options.holdout, "part": "heldout"}
@@ -293,10 +295,14 @@ def _as_json(result: Evaluation) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m codeflow.train.evaluate",
+        prog=prog,
         description="Loss of a model on packed shards, by kind of document and role of segment.",
+        epilog=f"""examples:
+  {prog} run/ --shards data/ --holdout 0.05      what a run with train.holdout=0.05 left out
+  {prog} run/checkpoints/step-00000100 --shards other/ --all --rows 100 --json""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     parser.add_argument("--shards", required=True, help="dataset folder, shards or manifest.json")

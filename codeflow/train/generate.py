@@ -426,9 +426,11 @@ def _require_prompts(
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: list[str] | None = None, prog: str = "python -m codeflow.train.generate"
+) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         tokenizer = _read_tokenizer(options)
         stop_ids = [_control_id(tokenizer, token) for token in options.stop]
@@ -496,9 +498,14 @@ def _control_id(tokenizer: Tokenizer, token: str) -> int:
     return int(found)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m codeflow.train.generate", description="Continue a prompt with a model."
+        prog=prog,
+        description="Continue a prompt with a model.",
+        epilog=f"""examples:
+  {prog} run/ --tokenizer data/shards/tokenizer.json --prompt 'def main('
+  {prog} model/ --prompt-file old.txt --samples 4 --temperature 0.8 --top-p 0.95 --json""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     parser.add_argument("--tokenizer", help="tokenizer.json (default: that of the checkpoint)")

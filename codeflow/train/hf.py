@@ -28,9 +28,9 @@ from codeflow.train.model import LoopCoder
 __all__ = ["export", "initialise_from", "load_model", "load_weights", "read_hf_config", "to_hf"]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m codeflow.train.hf") -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         out = _export(options) if options.command == "export" else _import(options)
     except CodeflowError as e:
@@ -74,10 +74,18 @@ def _import(options: argparse.Namespace) -> Path:
     return export(model, options.out)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m codeflow.train.hf")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog)
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="a checkpoint for transformers or vLLM")
+    out = commands.add_parser(
+        "export",
+        help="a checkpoint for transformers or vLLM",
+        description="Write a checkpoint as a folder that transformers or vLLM loads.",
+        epilog=f"""examples:
+  {prog} export run/checkpoints/step-00000300 model/ --tokenizer data/shards/tokenizer.json
+  {prog} export run/checkpoints/step-00000300 model/ --target vllm --dtype bfloat16""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     out.add_argument("checkpoint", help="folder with config.json and model.safetensors")
     out.add_argument("out", help="folder to make")
     out.add_argument("--target", choices=get_args(Target), default="transformers")
@@ -86,7 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--shard-bytes", type=int, default=SHARD_BYTES, help="most bytes of a file of weights"
     )
-    back = commands.add_parser("import", help="a dense or looped model to train from")
+    back = commands.add_parser(
+        "import",
+        help="a dense or looped model to train from",
+        description="Make a LoopCoder to start from out of a Llama or LoopCoder folder.",
+        epilog=f"""examples:
+  {prog} import path/to/llama/ start/ --loops 2            the same layers, run twice
+  {prog} import path/to/llama/ start/ --loops 2 --fold     half of the layers, run twice""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     back.add_argument("folder", help="config.json and *.safetensors of a Llama or LoopCoder")
     back.add_argument("out", help="folder to make")
     back.add_argument("--loops", type=int, default=2, help="how often layers run (default: 2)")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from codeflow.compose.document import Example, Fitted, Segment, fit
 from codeflow.compose.run import loss_runs
 from codeflow.compose.transition import transition
-from codeflow.pack.run import _joined
+from codeflow.pack.shards import joined_runs
 from codeflow.pack.vocabulary import train
 from codeflow.recipe import ComposeSettings
 from codeflow.tokenizer import COMMIT_AFTER, COMMIT_MESSAGE, END, FILE, REPO, Tokenizer
@@ -178,7 +178,7 @@ def test_loss_runs_say_which_tokens_are_targets(
 
 @given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=5))
 def test_runs_of_a_row_are_those_of_its_documents(parts: list[list[int]]) -> None:
-    joined = _joined(parts)
+    joined = joined_runs(parts)
     assert mask(joined) == [bit for runs in parts for bit in mask(runs)]
     assert all(joined[1:])  # only the first run may be empty
     assert list(accumulate(joined))[-1] == sum(map(sum, parts))

@@ -88,6 +88,23 @@ def test_rows_hold_every_document_once_and_whole(built: Path, rows: list[dict[st
     assert sorted(seen) == sorted(documents)
 
 
+def test_segments_say_which_tokens_have_which_role(built: Path, rows: list[dict[str, Any]]) -> None:
+    documents = {d["doc_id"]: d for d in Dataset.open(built).read("documents").to_pylist()}
+    tokenizer = Tokenizer.from_file(built / "shards/tokenizer.json")
+    opener = {tokenizer.control_id("<|commit_msg|>"): "intent",
+              tokenizer.control_id("<|commit_after|>"): "patch"}  # fmt: skip
+    for row in rows:
+        at = 0
+        for doc, length in zip(row["docs"], row["doc_lens"], strict=True):
+            stored = [(s["role"], s["n_tokens"]) for s in documents[doc["doc_id"]]["segments"]]
+            found = [(s["role"], s["n_tokens"]) for s in doc["segments"]]
+            assert found == [*stored[:-1], (stored[-1][0], stored[-1][1] + 1)]
+            assert sum(n for _, n in found) == length
+            for role, n in found:
+                assert opener.get(row["input_ids"][at], role) == role
+                at += n
+
+
 def test_documents_of_a_repository_are_together_and_in_order(
     built: Path, rows: list[dict[str, Any]]
 ) -> None:
@@ -134,7 +151,11 @@ def test_a_flipped_byte_in_any_page_is_found(
 
 
 def packed(
-    root: Path, documents: list[list[int]], vocabulary: bytes, *overrides: str
+    root: Path,
+    documents: list[list[int]],
+    vocabulary: bytes,
+    *overrides: str,
+    segments: dict[int, list[tuple[str, int]]] | None = None,
 ) -> dict[str, Any]:
     """Pack documents given as token ids; each is `doc-N` of one repository."""
     source = Work(root, "in", "0" * 24, {})
@@ -146,7 +167,14 @@ def packed(
     empty = {pa.string(): "", pa.bool_(): False}
     repo = {f.name: empty.get(f.type, 0) for f in TABLES["repos"].schema}
     numbered = [f"doc-{n:06d}" for n in range(len(documents))]
-    meta = [none | {"doc_id": d, "repo_id": "r", "sequence": n} for n, d in enumerate(numbered)]
+    nothing = {"path": "", "text": "", "train": False}
+    meta = [
+        none
+        | {"doc_id": d, "repo_id": "r", "sequence": n}
+        | {"segments": [nothing | {"role": role, "n_tokens": tokens}
+                        for role, tokens in (segments or {}).get(n, [])]}
+        for n, d in enumerate(numbered)
+    ]  # fmt: skip
     tokens = [
         {"doc_id": d, "input_ids": ids, "loss_runs": [0, len(ids)]}
         for d, ids in zip(numbered, documents, strict=True)
@@ -192,6 +220,32 @@ def test_inside_a_row_documents_keep_the_order_of_history(tmp_path: Path) -> Non
     assert row["doc_lens"] == [5, 60, 1, 40, 20]
     assert row["input_ids"] == [i for ids in documents for i in ids]
     assert [d["doc_id"] for d in row["docs"]] == [f"doc-{n:06d}" for n in range(5)]
+
+
+def test_segments_stay_with_their_documents_and_may_be_absent(tmp_path: Path) -> None:
+    documents = [[20 + n] * length for n, length in enumerate([100, 30, 60, 40, 20])]
+    segments = {0: [("repo", 9), ("patch", 90)], 2: [("context", 59)], 4: [("a", 0), ("patch", 19)]}
+    manifest = packed(
+        tmp_path, documents, vocabulary(600), "pack.length=128", "pack.group_tokens=1024",
+        segments=segments,
+    )  # fmt: skip
+    found = {d["doc_id"]: d["segments"] for r in manifest["table"].to_pylist() for d in r["docs"]}
+    assert {k: [(s["role"], s["n_tokens"]) for s in v] for k, v in found.items()} == {
+        "doc-000000": [("repo", 9), ("patch", 91)],
+        "doc-000001": [],
+        "doc-000002": [("context", 60)],
+        "doc-000003": [],
+        "doc-000004": [("a", 0), ("patch", 20)],
+    }
+
+
+def test_no_documents_make_a_manifest_of_no_rows(tmp_path: Path) -> None:
+    work = Work(tmp_path, "in", "0" * 24, {})
+    work.write_file("tokenizer", "tables/tokenizer/all", ".json", vocabulary(600))
+    inputs = {"tokenizer": [tmp_path / work.written[0].path]}
+    counts = pack(Work(tmp_path, "all", "1" * 24, inputs), recipe())
+    assert (counts["documents_packed"], counts["rows"], counts["shards"]) == (0, 0, 0)
+    assert json.loads((tmp_path / "shards/manifest.json").read_text())["rows"] == 0
 
 
 def test_shards_are_cut_at_whole_row_groups(tmp_path: Path) -> None:
