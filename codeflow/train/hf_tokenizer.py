@@ -11,6 +11,11 @@ from codeflow.errors import UsageError
 from codeflow.train.config import ModelConfig
 
 END = "<|endoftext|>"  # ends every document of the shards
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # around the turns of packed conversations
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _COMPANIONS = ("special_tokens_map.json", "chat_template.jinja", "tokenizer_config.json")
 
 
@@ -53,7 +58,10 @@ def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> dict[str,
         raise UsageError(f"{source / settings.name}: cannot be read: {e!r}") from e
     if end not in ids:
         return {}
-    return {"eos_token_id": ids[end], "pad_token_id": ids.get(padding, ids[end])}
+    stops: int | list[int] = ids[end]
+    if content.get("chat_template") == CHAT_TEMPLATE:
+        stops = [ids[end], ids[TURN_END]]  # an answer ends with its turn
+    return {"eos_token_id": stops, "pad_token_id": ids.get(padding, ids[end])}
 
 
 def _ids(tokenizer: dict[str, Any]) -> dict[str | None, int]:
@@ -72,6 +80,8 @@ def _settings(ids: dict[str | None, int], config: ModelConfig) -> dict[str, Any]
     }
     if END in ids:
         settings |= {"eos_token": END, "pad_token": END}
+    if TURN_START in ids and TURN_END in ids:
+        settings["chat_template"] = CHAT_TEMPLATE
     return settings
 
 

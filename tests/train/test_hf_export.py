@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -186,6 +187,18 @@ def test_a_tokenizer_file_gets_its_settings(tmp_path: Path) -> None:
     assert read(out / "generation_config.json") == {"eos_token_id": 2, "pad_token_id": 2}
     assert read(out / "config.json")["eos_token_id"] == 2
     assert read_hf_config(out) == SMALL
+
+
+def test_a_tokenizer_of_packed_conversations_brings_their_template(tmp_path: Path) -> None:
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    file = tokenizer(tmp_path / "tokenizer", *special)
+    out = export(LoopCoder(SMALL), tmp_path / "out", tokenizer=file)
+    assert read(out / "generation_config.json") == {"eos_token_id": [2, 4], "pad_token_id": 2}
+    template = jinja2.Template(read(out / "tokenizer_config.json")["chat_template"])
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    asked = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert template.render(messages=turns[:1], add_generation_prompt=True) == asked
+    assert template.render(messages=turns) == asked + "That.<|im_end|>\n"
 
 
 def test_a_tokenizer_folder_keeps_its_settings(tmp_path: Path) -> None:
