@@ -155,8 +155,9 @@ class Layer(nn.Module):
         self.checkpointing = checkpointing
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
-        # Present but unused when loop_num is 1: a dense checkpoint becomes a looped one unchanged.
-        self.gate_projection = Gate(config)
+        # Present when loop_num is 1: a dense checkpoint becomes a looped one unchanged. But frozen:
+        # what takes no part has no gradient that DDP could wait for.
+        self.gate_projection = Gate(config).requires_grad_(config.loop_num > 1)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 

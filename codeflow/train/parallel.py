@@ -108,8 +108,6 @@ def distribute(
     """Move the model to its device and spread it over the ranks; to be called before the optimizer.
 
     The model itself is changed and stays the one to save, to clip and to make an optimizer of.
-    Gates of a model that runs once are frozen: they take no part, and DDP waits for the gradient of
-    every trainable parameter.
 
     Args:
         model: On rank 0 with its weights or on the meta device; see above. Sharding needs room on
@@ -132,9 +130,6 @@ def distribute(
     """
     if strategy not in STRATEGIES:
         raise UsageError(f"train.parallel={strategy!r}: {did_you_mean(strategy, STRATEGIES)}")
-    if model.config.loop_num == 1:
-        for layer in model.model.layers:
-            layer.gate_projection.requires_grad_(False)
     if world.world_size == 1:
         return _place(model, world.device)
     if strategy == "ddp" or (strategy == "auto" and _fits(model, world.device)):
@@ -171,11 +166,11 @@ def from_all_ranks(value: T, world: World) -> list[T]:
 
 @contextlib.contextmanager
 def accumulate(module: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around forward and backward pass of one micro-batch: exchange gradients when needed.
+    """Around forward and backward pass of every micro-batch: exchange gradients when needed.
 
-    DDP exchanges after the last micro-batch alone. FSDP2 sums every micro-batch into the shards at
-    once: to wait would keep the gradients of the whole model on every rank, which is what sharding
-    is there to avoid. The result is the same.
+    All ranks must run as many micro-batches as the others. DDP exchanges after the last one alone.
+    FSDP2 sums every micro-batch into the shards at once: to wait would keep the gradients of the
+    whole model on every rank, which is what sharding is there to avoid. The result is the same.
     """
     if last or not isinstance(module, DistributedDataParallel):
         yield
