@@ -29,6 +29,7 @@ bench: setup ## every performance claim, ours against the peer in one run; REPOS
 	@$(PIP) -e '.[bench,datasketch]'
 	$(BIN)/python bench/mining.py $(REPOS)
 	$(BIN)/python bench/dedup_minhash.py
+	$(BIN)/python bench/train_cpu.py
 	$(if $(REPOS),$(BIN)/python bench/real_repositories.py $(REPOS))
 
 setup: $(VENV)/.installed
