@@ -447,7 +447,7 @@ def train(**options: Any) -> None:
         click.echo(text)
 
 
-def _model_command(name: str, module: str, meaning: str, *first: str) -> None:
+def _model_command(name: str, module: str, parser: str, meaning: str, *first: str) -> None:
     """Add a command whose options are those of `python -m module`, which GPU machines use."""
 
     @cli.command(
@@ -458,20 +458,27 @@ def _model_command(name: str, module: str, meaning: str, *first: str) -> None:
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(arguments: tuple[str, ...]) -> int:
+        make = getattr(importlib.import_module("codeflow.train.arguments"), parser)
         try:
-            run = importlib.import_module(module).main
+            options = make("codeflow" if first else f"codeflow {name}").parse_args(
+                [*first, *arguments]
+            )
+        except SystemExit as e:  # --help, or what was typed is wrong and argparse has said how
+            return int(e.code or 0)
+        try:
+            execute = importlib.import_module(module).execute
         except ModuleNotFoundError as e:
             raise CodeflowError(
                 f"{name} needs {e.name}: pip install 'codeflow[train]' (README: CPU builds)"
             ) from e
-        prog = "codeflow" if first else f"codeflow {name}"
-        return int(run([*first, *arguments], prog=prog))
+        return int(execute(options))
 
 
-_model_command("evaluate", "codeflow.train.evaluate", "Loss of a model by kind and role.")
-_model_command("generate", "codeflow.train.generate", "Continue a prompt with a model.")
-_model_command("export", "codeflow.train.hf", "A checkpoint for transformers or vLLM.", "export")
-_model_command("import", "codeflow.train.hf", "A Llama or LoopCoder to train from.", "import")
+_EVALUATE, _GENERATE, _HF = (f"codeflow.train.{m}" for m in ("evaluate", "generate", "hf"))
+_model_command("evaluate", _EVALUATE, "evaluation", "Loss of a model by kind and role.")
+_model_command("generate", _GENERATE, "generation", "Continue a prompt with a model.")
+_model_command("export", _HF, "conversion", "A checkpoint for transformers or vLLM.", "export")
+_model_command("import", _HF, "conversion", "A Llama or LoopCoder to train from.", "import")
 
 
 # -- one build ------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor
 
 from codeflow.errors import CodeflowError, ShardError, UsageError
 from codeflow.load import Manifest, PackedRow, Segments, ShardDataset, read_manifest
+from codeflow.train.arguments import evaluation
 from codeflow.train.attention import Documents
-from codeflow.train.inference import add_model_arguments, open_model
+from codeflow.train.inference import open_model
 from codeflow.train.loss import IGNORE, log_probabilities
 from codeflow.train.model import LoopCoder
 
@@ -224,11 +225,13 @@ def _joined(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict[str, Score]:
     return {**a, **{name: a.get(name, Score()) + score for name, score in b.items()}}
 
 
-def main(
-    arguments: list[str] | None = None, prog: str = "python -m codeflow.train.evaluate"
-) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser(prog).parse_args(arguments)
+    return execute(evaluation().parse_args(arguments))
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Do what was typed; returns the exit code."""
     try:
         manifest = read_manifest(options.shards)
         part: dict[str, Any] = {"holdout": options.holdout, "part": "heldout"}
@@ -293,37 +296,6 @@ def _as_json(result: Evaluation) -> dict[str, Any]:
         "by_kind": {name: entry(score) for name, score in result.by_kind.items()},
         "by_role": {name: entry(score) for name, score in result.by_role.items()},
     }
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Loss of a model on packed shards, by kind of document and role of segment.",
-        epilog=f"""examples:
-  {prog} run/ --shards data/ --holdout 0.05      what a run with train.holdout=0.05 left out
-  {prog} run/checkpoints/step-00000100 --shards other/ --all --rows 100 --json""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_arguments(parser)
-    parser.add_argument("--shards", required=True, help="dataset folder, shards or manifest.json")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--holdout",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="the held-out rows of a training run with this share (default: 0.05)",
-    )
-    which.add_argument("--all", action="store_true", help="all rows, trained on or not")
-    parser.add_argument("--rows", type=_positive, metavar="N", help="no more than N rows")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from codeflow.errors import CodeflowError, UsageError, did_you_mean, printable
+from codeflow.train.arguments import END, generation
 from codeflow.train.attention import Documents
-from codeflow.train.inference import add_model_arguments, open_model, weights_folder
+from codeflow.train.inference import open_model, weights_folder
 from codeflow.train.model import Layer, LoopCoder, rope_table
-
-END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -426,11 +425,13 @@ def _require_prompts(
         )
 
 
-def main(
-    arguments: list[str] | None = None, prog: str = "python -m codeflow.train.generate"
-) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser(prog).parse_args(arguments)
+    return execute(generation().parse_args(arguments))
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Do what was typed; returns the exit code."""
     try:
         tokenizer = _read_tokenizer(options)
         stop_ids = [_control_id(tokenizer, token) for token in options.stop]
@@ -496,37 +497,6 @@ def _control_id(tokenizer: Tokenizer, token: str) -> int:
         known = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
         raise UsageError(f"--stop {token}: is no token. {did_you_mean(token, known)}")
     return int(found)
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Continue a prompt with a model.",
-        epilog=f"""examples:
-  {prog} run/ --tokenizer data/shards/tokenizer.json --prompt 'def main('
-  {prog} model/ --prompt-file old.txt --samples 4 --temperature 0.8 --top-p 0.95 --json""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_arguments(parser)
-    parser.add_argument("--tokenizer", help="tokenizer.json (default: that of the checkpoint)")
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text; control tokens such as <|file_sep|> are known")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
-    parser.add_argument("--top-k", type=int, metavar="K", help="of the K most probable tokens only")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of those that reach this share")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TOKEN",
-        help=f"token that ends the text; may be repeated (default: {END})",
-    )
-    parser.add_argument("--json", action="store_true", help="print tokens and log-probs as JSON")
-    return parser
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from codeflow.errors import UsageError, did_you_mean
+from codeflow.train.arguments import SHARD_BYTES
 from codeflow.train.config import ModelConfig
 from codeflow.train.errors import CheckpointError
 from codeflow.train.hf_config import to_hf, to_llama
@@ -32,7 +33,6 @@ from codeflow.train.hf_weights import INDEX, SINGLE, hf_name, is_gate, load_mode
 from codeflow.train.model import LoopCoder
 
 Target = Literal["transformers", "vllm", "llama"]
-SHARD_BYTES = 5 * 10**9
 _CODE = ("configuration_loopcoder.py", "modeling_loopcoder.py")
 
 

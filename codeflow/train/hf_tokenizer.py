@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from codeflow.errors import UsageError
+from codeflow.train.arguments import END
 from codeflow.train.config import ModelConfig
 
-END = "<|endoftext|>"  # ends every document of the shards
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # around the turns of packed conversations
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,28 +9,13 @@ import torch
 
 from codeflow.errors import UsageError
 from codeflow.train import checkpoint
-from codeflow.train.backends import BACKENDS
 from codeflow.train.errors import CheckpointError
 from codeflow.train.hf import load_model
 from codeflow.train.model import LoopCoder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `open_model`."""
-    parser.add_argument(
-        "checkpoint", help="folder with config.json and weights, or of a training run"
-    )
-    parser.add_argument("--device", default="auto", help="cuda, cpu, …; auto: cuda if there is one")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the activations")
-    parser.add_argument(
-        "--backend", default="auto", choices=BACKENDS, help="how attention is computed"
-    )
-
 
 def open_model(options: argparse.Namespace) -> tuple[LoopCoder, torch.device]:
-    """The model that the options of `add_model_arguments` name, and the device it is on.
+    """The model that the options of `arguments` name, and the device it is on.
 
     Raises:
         UsageError: A device or configuration that cannot be used.
@@ -38,7 +23,7 @@ def open_model(options: argparse.Namespace) -> tuple[LoopCoder, torch.device]:
     """
     device = usable_device(options.device)
     folder = weights_folder(Path(options.checkpoint))
-    model = load_model(folder, backend=options.backend, dtype=DTYPES[options.dtype])
+    model = load_model(folder, backend=options.backend, dtype=getattr(torch, options.dtype))
     return model.to(device).eval(), device
 
 

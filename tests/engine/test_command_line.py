@@ -48,7 +48,8 @@ def test_help_of_every_command_works_and_loads_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("Usage: ") == len(commands) > 8
+    usages = [line for line in done.stdout.splitlines() if line.lower().startswith("usage: ")]
+    assert len(usages) == len(commands) > 8
     assert not HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
