@@ -44,7 +44,7 @@ def generation(prog: str = "python -m codeflow.train.generate") -> argparse.Argu
         prog=prog,
         description="Continue a prompt with a model.",
         epilog=f"""examples:
-  {prog} run/ --tokenizer data/shards/tokenizer.json --prompt 'def main('
+  {prog} run/ --prompt 'def main('
   {prog} model/ --prompt-file old.txt --samples 4 --temperature 0.8 --top-p 0.95 --json""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -78,7 +78,7 @@ def conversion(prog: str = "python -m codeflow.train.hf") -> argparse.ArgumentPa
         help="a checkpoint for transformers or vLLM",
         description="Write a checkpoint as a folder that transformers or vLLM loads.",
         epilog=f"""examples:
-  {prog} export run/checkpoints/step-00000300 model/ --tokenizer data/shards/tokenizer.json
+  {prog} export run/checkpoints/step-00000300 model/
   {prog} export run/checkpoints/step-00000300 model/ --target vllm --dtype bfloat16""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,7 +86,9 @@ def conversion(prog: str = "python -m codeflow.train.hf") -> argparse.ArgumentPa
     out.add_argument("out", help="folder to make")
     out.add_argument("--target", choices=TARGETS, default="transformers")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    out.add_argument("--tokenizer", help="tokenizer.json, or a folder with it")
+    out.add_argument(
+        "--tokenizer", help="tokenizer.json, or a folder with it (default: that of the checkpoint)"
+    )
     out.add_argument(
         "--shard-bytes", type=int, default=SHARD_BYTES, help="most bytes of a file of weights"
     )

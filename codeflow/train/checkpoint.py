@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, resumed bit for bit, on any number of processes.
 
-A checkpoint is a folder `step-00000200` with `model.safetensors` and `config.json`, which other
-tools can read, and `state.pt` (optimizer, random state, counters), which only resuming needs. It is
-written under a temporary name, flushed to disk and renamed, so a killed run leaves the previous one
-valid; the price is room for one more checkpoint than are kept.
+A checkpoint is a folder `step-00000200` with `model.safetensors`, `config.json` and the data's
+tokenizer, for other tools, and `state.pt` (optimizer, random state, counters), which only resuming
+needs. It is written under a temporary name, flushed to disk and renamed, so a killed run leaves the
+previous one valid; the price is room for one more checkpoint than are kept.
 
 Weights and optimizer state are stored whole and by parameter name, whether the run was sharded or
 not. Rank 0 gathers, writes and reads them: its host needs 12 bytes per parameter with AdamW.
@@ -50,6 +50,7 @@ def save(
     *,
     keep: int,
     world: World,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write `out/step-…` atomically and delete all but the newest `keep` checkpoints.
 
@@ -64,6 +65,7 @@ def save(
         state: What else resuming needs, of rank 0: tensors, numbers, strings, lists and dicts.
         keep: Checkpoints to keep, at least 1.
         world: The processes; the random state of each is saved.
+        tokenizer: A `tokenizer.json` to put beside the weights, where there is such a file.
 
     Raises:
         CheckpointError: The disk refuses.
@@ -78,7 +80,7 @@ def save(
     problem = ""
     if world.rank == 0:
         try:
-            _write(out, step, model.config, weights, content, keep)
+            _write(out, step, model.config, weights, content, keep, tokenizer)
         except CheckpointError as e:
             problem = str(e)
     if problem := from_rank_0(problem, world):
@@ -167,6 +169,7 @@ def _write(
     weights: Mapping[str, Tensor],
     content: Mapping[str, Any],
     keep: int,
+    tokenizer: Path | None,
 ) -> None:
     final = _folder(out, step)
     temporary = out / f"tmp-{final.name}"
@@ -182,6 +185,8 @@ def _write(
         # save_file lets nobody but the owner read; others shall, as far as the umask allows it.
         (temporary / "model.safetensors").chmod(file.stat().st_mode)
         torch.save(dict(content), temporary / "state.pt")
+        if tokenizer is not None and tokenizer.is_file():
+            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)

@@ -51,8 +51,13 @@ def _export(options: argparse.Namespace) -> Path:
         target=options.target,
         shard_bytes=options.shard_bytes,
         dtype=getattr(torch, options.dtype),
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer or _own_tokenizer(Path(options.checkpoint)),
     )
+
+
+def _own_tokenizer(checkpoint: Path) -> Path | None:
+    file = checkpoint / "tokenizer.json"
+    return file if file.is_file() else None
 
 
 def _import(options: argparse.Namespace) -> Path:

@@ -349,6 +349,7 @@ def _save(job: Job, plan: StagePlan, batch: Batch) -> None:
         state,
         keep=job.run.train.keep_checkpoints,
         world=job.world,
+        tokenizer=plan.manifest.folder / "tokenizer.json",
     )
 
 

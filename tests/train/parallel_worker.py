@@ -215,6 +215,7 @@ def main(scenario: str, folder: Path) -> None:
     found = scenarios[scenario](folder, world)
     torch.save(found, folder / f"rank{world.rank}.pt")
     parallel.stop(world)
+    os._exit(0)  # threads of gloo can abort an interpreter that takes itself down
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from codeflow.train.hf_export import Target
 
 def test_choices_are_those_of_the_modules() -> None:
     assert set(arguments.BACKENDS) == set(BACKENDS)
-    assert arguments.TARGETS == get_args(Target)
+    assert get_args(Target) == arguments.TARGETS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in arguments.DTYPES)
 
 

@@ -275,6 +275,12 @@ def test_the_example_learns(data: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert last < float(lines[0].split()[-1]) - 1
 
 
+def test_a_checkpoint_has_the_tokenizer_of_its_data(data: Path, tmp_path: Path) -> None:
+    result = small(data, tmp_path, 1)
+    copied = Path(result.checkpoint) / "tokenizer.json"
+    assert copied.read_bytes() == (data / "shards" / "tokenizer.json").read_bytes()
+
+
 def test_z_loss_is_part_of_the_training_loss(data: Path, tmp_path: Path) -> None:
     plain, held = (
         small(data, tmp_path / name, 1, f"train.z_loss={z}")
