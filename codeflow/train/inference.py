@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from codeflow.errors import UsageError
 from codeflow.train import checkpoint
 from codeflow.train.errors import CheckpointError
 from codeflow.train.hf import load_model
 from codeflow.train.model import LoopCoder
+from codeflow.train.parallel import usable_device
 
 
 def open_model(options: argparse.Namespace) -> tuple[LoopCoder, torch.device]:
@@ -21,7 +21,7 @@ def open_model(options: argparse.Namespace) -> tuple[LoopCoder, torch.device]:
         UsageError: A device or configuration that cannot be used.
         CheckpointError: No weights, or weights that do not fit their configuration.
     """
-    device = usable_device(options.device)
+    device = usable_device(options.device, "--device ")
     folder = weights_folder(Path(options.checkpoint))
     model = load_model(folder, backend=options.backend, dtype=getattr(torch, options.dtype))
     return model.to(device).eval(), device
@@ -39,17 +39,3 @@ def weights_folder(path: Path) -> Path:
     if newest is None:
         raise CheckpointError(f"{path}: this training run has no complete checkpoint yet")
     return newest
-
-
-def usable_device(name: str) -> torch.device:
-    """A device by name; `auto` is cuda when there is one, else the CPU.
-
-    Raises:
-        UsageError: It does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"--device {name}: not usable here: {e}") from e

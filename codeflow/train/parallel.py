@@ -70,13 +70,13 @@ def start(device: str) -> World:
     rank, world_size, local_rank = _environment()
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if world_size == 1:
-        return World(0, 1, 0, _usable(name))
+        return World(0, 1, 0, usable_device(name))
     if name not in ("cpu", "cuda"):
         raise UsageError(
             f"train.device={device}: {world_size} processes run on cpu or cuda, and each takes the "
             "GPU of its local rank"
         )
-    chosen = _usable(name if name == "cpu" else f"cuda:{local_rank}")
+    chosen = usable_device(name if name == "cpu" else f"cuda:{local_rank}")
     try:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
@@ -95,6 +95,20 @@ def stop(world: World) -> None:
     """Leave the group; nothing to do for a single process."""
     if world.world_size > 1:
         dist.destroy_process_group()
+
+
+def usable_device(name: str, option: str = "train.device=") -> torch.device:
+    """A device by name; `auto` is cuda where there is one, else the CPU.
+
+    Raises:
+        UsageError: It cannot be used here; the message begins with `option`.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as e:  # the latter: torch without CUDA
+        raise UsageError(f"{option}{name}: not usable here: {e}") from e
 
 
 def distribute(
@@ -259,10 +273,3 @@ def _environment() -> tuple[int, int, int]:
             "with torchrun, or unset WORLD_SIZE."
         ) from e
     return rank, size, local
-
-
-def _usable(name: str) -> torch.device:
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as e:  # the latter: torch without CUDA
-        raise UsageError(f"train.device={name}: not usable here: {e}") from e

@@ -122,7 +122,9 @@ def test_prompts_of_different_lengths_do_not_see_each_other(
     assert [len(samples) for samples in found] == [n] * len(prompts)
     for prompt, samples in zip(prompts, found, strict=True):
         for sample in samples:
-            require_equal_to_full(model, prompt, sample)
+            # Three loops of random gates and norms make 5e-5 of one unit in the last place of the
+            # embeddings, so chance prompts need more room than the fixed ones above.
+            require_equal_to_full(model, prompt, sample, tolerance=1e-3)
 
 
 def test_samples_that_stop_leave_the_others_alone() -> None:
