@@ -92,10 +92,15 @@ def summary(result: TrainResult) -> str:
     cropped = f", {result.tokens_cropped:,} cropped" if result.tokens_cropped else ""
     skipped = f", {result.skipped:,} without an update" if result.skipped else ""
     heldout = f", held out {result.heldout_loss:.3f}" if result.heldout_loss is not None else ""
+    if result.steps < 20:  # means of the first and the last 10 steps would overlap
+        first, last, what = result.first_loss, result.last_loss, "first and last step"
+    else:
+        first, last = result.first_losses_mean, result.last_losses_mean
+        what = "means of 10 steps"
     return (
         f"{result.steps:,} steps{skipped}, {result.tokens:,} tokens{cropped}, "
-        f"{result.seconds:.1f} s; loss {result.first_losses_mean:.3f} -> "
-        f"{result.last_losses_mean:.3f} (means of 10 steps){heldout}; {result.checkpoint}"
+        f"{result.seconds:.1f} s; loss {first:.3f} -> {last:.3f} ({what}){heldout}; "
+        f"{result.checkpoint}"
     )
 
 
