@@ -117,8 +117,7 @@ def build(
                 runner.run(step)
                 if step.stage == until and step is _last_step(until):
                     break
-        if runner.ran:
-            dataset.sweep()
+        dataset.sweep()  # even where nothing ran: the run before may have died right here
         dataset.write_manifest(recipe)
         dataset.close_journal()
     return BuildResult(runner.ran, runner.skipped, tuple(runner.quarantined))

@@ -147,16 +147,17 @@ def test_same_bytes_for_every_executor_number_of_workers_and_order_of_the_list(
     assert fingerprint(tmp_path / "data") == fingerprint(built)
 
 
+@pytest.mark.parametrize("moment", ["sweep", "write_manifest"])
 def test_a_manifest_vouches_for_finished_runs_only(
-    data: Path, repositories: Repositories, monkeypatch: pytest.MonkeyPatch
+    data: Path, repositories: Repositories, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Killed between the last unit and the manifest, a rebuild must still write a new one."""
+    """Killed after the last unit, a rebuild must still sweep and write a new manifest."""
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "write_manifest", killed)
+        patch.setattr(Dataset, moment, killed)
         with pytest.raises(KeyboardInterrupt):
             run_build(data, repositories[:2], "dedup.threshold=0.8")
     assert not (data / "manifest.json").exists()
