@@ -161,7 +161,7 @@ def with_codeflow(job: Job) -> int:
             total += len(file.section)
             if file.kind == "text":
                 for blob in (file.delta.old_blob, file.delta.new_blob):
-                    total += len(objects.blob(blob)) if blob else 0
+                    total += len(objects.content(blob)) if blob else 0
     return total
 
 

@@ -46,7 +46,9 @@ STEPS = (
         ("mine.lifecycle", "mine.window_from", "mine.window_to", "mine.min_commits",
          "mine.slice_commits", "mine.max_blob_bytes"),
     ),
-    Step("mine", "mine", "codeflow.mine.run:run", "slice", ("fetch", "survey"), ("mine",)),
+    Step(
+        "mine", "mine", "codeflow.mine.run:run", "slice", ("fetch", "survey"), ("mine",), version=2
+    ),
     Step("sign", "dedup", "codeflow.dedup.sign:run", "slice", ("mine",), ("dedup.min_shingles",)),
     Step("cluster", "dedup", "codeflow.dedup.cluster:run", "dataset", ("mine", "sign"), ("dedup",)),
     Step("score", "filter", "codeflow.filter.score:run", "slice", ("mine",)),

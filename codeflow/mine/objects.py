@@ -2,25 +2,26 @@
 
 libgit2 is given an object database without a repository around it, so neither configuration nor
 attributes nor refs can change what comes out. Its own hash check is switched off (1.7x faster) and
-replaced by OpenSSL's SHA-1 the first time an object is read: the same guarantee, 3x the speed.
+replaced by OpenSSL's SHA-1, 3x as fast, for whatever is stored or proves something; files that are
+only looked at are not hashed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pygit2
-from pygit2.enums import ConfigLevel, DiffFind, DiffOption, ObjectType
+from pygit2.enums import ConfigLevel, DiffFind
+
+from codeflow.mine.linediff import FLAGS, LineDiff
 
 pygit2.settings.enable_strict_hash_verification(False)
 pygit2.settings.disable_pack_keep_file_checks(True)
-# What is read to classify a file is still there when libgit2 diffs it: a sixth off redis.
-pygit2.settings.cache_object_limit(ObjectType.BLOB, 1 << 20)
-pygit2.settings.cache_max_size(32 << 20)
 for _level in (ConfigLevel.SYSTEM, ConfigLevel.XDG, ConfigLevel.GLOBAL):
     pygit2.settings.search_path[_level] = "/nonexistent"
 
@@ -30,9 +31,9 @@ TREE = 0o040000
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 EMPTY_BLOB = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
-_DIFF_FLAGS = int(DiffOption.INDENT_HEURISTIC)  # as git itself since 2.14
-_RECENT_BYTES = 16 << 20
+_RECENT_BYTES = 32 << 20
 _LFS = b"version https://git-lfs"
+_PLAIN_PATH = re.compile(rb"[!#-\[\]-~]+")  # in a header as it is: no space, quote or backslash
 
 
 def git_hash(kind: bytes, data: bytes) -> str:
@@ -89,6 +90,7 @@ class Objects:
         self._odb = pygit2.Odb(str(folder))
         self._repository = pygit2.Repository()
         self._repository.set_odb(self._odb)
+        self._line_diff = LineDiff()
         self._max_blob_bytes = max_blob_bytes
         self._info: dict[str, BlobInfo] = {}
         self._recent: dict[str, bytes] = {}  # in order of use
@@ -104,15 +106,29 @@ class Objects:
         return b"" if tree == EMPTY_TREE else self._checked(tree, b"tree")
 
     def blob(self, blob: str) -> bytes:
-        """File content; what was read lately is still there.
+        """File content, hashed the first time it is asked for: what is stored or proves something.
 
-        A changed file is looked at several times within a few steps: to classify it, to replay its
-        patch, and again as the old side of the next change. Not inflating it each time takes a
-        fifth off the whole.
+        Raises:
+            KeyError: It is missing.
+            CorruptObject: It is not what it claims to be.
+        """
+        data = self.content(blob)
+        if blob not in self._verified:
+            _check(blob, b"blob", data)
+            self._verified.add(blob)
+        return data
+
+    def content(self, blob: str) -> bytes:
+        """File content as the database has it; what was read lately is still there.
+
+        A changed file is looked at several times within a few steps: to classify it, to diff it, to
+        replay its patch, and again as the old side of the next change. Not inflating it each time
+        takes a fifth off the whole.
         """
         data = self._recent.pop(blob, None)
         if data is None:
-            data = self._verified_once(blob)
+            with _READING:
+                data = self._odb.read(blob)[1]
             self._recent_bytes += len(data)
             while self._recent_bytes > _RECENT_BYTES and self._recent:
                 oldest = next(iter(self._recent))
@@ -161,35 +177,35 @@ class Objects:
             for index, raw in enumerate(diff.deltas):
                 delta = _delta(raw)
                 section, added, deleted = b"", 0, 0
-                if self._has_section(delta):
-                    patch = diff[index]
-                    if patch is not None:
-                        section = patch.data
-                        if delta.old_blob == delta.new_blob:
-                            # Of a moved binary, libgit2 says that it differs; the move is all.
-                            section = section.partition(b"\nBinary files ")[0].rstrip(b"\n") + b"\n"
-                        _, added, deleted = patch.line_stats
+                if not self._has_section(delta):
+                    pass
+                elif _is_plain_edit(delta):
+                    section, added, deleted = self._edit(delta)
+                elif (patch := diff[index]) is not None:
+                    section = patch.data
+                    if delta.old_blob == delta.new_blob:
+                        # Of a moved binary, libgit2 says that it differs; the move is all.
+                        section = section.partition(b"\nBinary files ")[0].rstrip(b"\n") + b"\n"
+                    _, added, deleted = patch.line_stats
                 yield delta, section, added, deleted
 
     def changed_lines(self, old: str | None, new: str | None) -> int:
         """Added plus deleted lines between two text blobs; None = absent."""
         if old is None or new is None:
-            data = self.blob(old or new or "")
+            data = self.content(old or new or "")
             return data.count(b"\n") + (not data.endswith(b"\n") and data != b"")
-        with _READING:
-            patch: pygit2.Patch = self._read(old).diff(self._read(new))
-            _, added, deleted = patch.line_stats
-        return int(added + deleted)
+        _, added, deleted = self._line_diff.hunks(self.content(old), self.content(new))
+        return added + deleted
 
     def _diff(self, old_tree: str, new_tree: str) -> pygit2.Diff:
         diff: pygit2.Diff
         if old_tree == EMPTY_TREE:
-            diff = self._read_tree(new_tree).diff_to_tree(flags=_DIFF_FLAGS, swap=True)
+            diff = self._read_tree(new_tree).diff_to_tree(flags=FLAGS, swap=True)
         elif new_tree == EMPTY_TREE:
-            diff = self._read_tree(old_tree).diff_to_tree(flags=_DIFF_FLAGS)
+            diff = self._read_tree(old_tree).diff_to_tree(flags=FLAGS)
         else:
             new = self._read_tree(new_tree)
-            diff = self._read_tree(old_tree).diff_to_tree(new, flags=_DIFF_FLAGS)
+            diff = self._read_tree(old_tree).diff_to_tree(new, flags=FLAGS)
         return diff
 
     def _read(self, name: str) -> Any:
@@ -201,6 +217,15 @@ class Objects:
         if not isinstance(tree, pygit2.Tree):  # a hostile commit may name anything
             raise CorruptObject(f"{name} is no tree")
         return tree
+
+    def _edit(self, delta: Delta) -> tuple[bytes, int, int]:
+        """The section of a file of which nothing but the content changed."""
+        old, new = delta.old_blob or "", delta.new_blob or ""
+        hunks, added, deleted = self._line_diff.hunks(self.content(old), self.content(new))
+        ids = f"{old[:7]}..{new[:7]} {delta.new_mode:o}".encode()
+        header = b"diff --git a/%b b/%b\nindex %b\n--- a/%b\n+++ b/%b\n"
+        path = delta.new_path
+        return header % (path, path, ids, path, path) + hunks, added, deleted
 
     def _has_section(self, delta: Delta) -> bool:
         if delta.old_blob == delta.new_blob:
@@ -215,28 +240,32 @@ class Objects:
                 size = self._odb.read_header(blob)[1]
             if size > self._max_blob_bytes:
                 return BlobInfo("too_large", size)
-            data = self.blob(blob)
+            data = self.content(blob)
         except KeyError:
             return BlobInfo("missing", -1)
         if b"\0" in data:
             return BlobInfo("binary", size)
         return BlobInfo("lfs" if data.startswith(_LFS) else "text", size)
 
-    def _verified_once(self, blob: str) -> bytes:
-        if blob not in self._verified:
-            data = self._checked(blob, b"blob")
-            self._verified.add(blob)
-            return data
-        with _READING:
-            again: bytes = self._odb.read(blob)[1]
-        return again
-
     def _checked(self, name: str, kind: bytes) -> bytes:
         with _READING:
             data: bytes = self._odb.read(name)[1]
-        if git_hash(kind, data) != name:
-            raise CorruptObject(f"{kind.decode()} {name} is damaged: its content has another hash")
+        _check(name, kind, data)
         return data
+
+
+def _check(name: str, kind: bytes, data: bytes) -> None:
+    if git_hash(kind, data) != name:
+        raise CorruptObject(f"{kind.decode()} {name} is damaged: its content has another hash")
+
+
+def _is_plain_edit(delta: Delta) -> bool:
+    return (
+        delta.status == "M"
+        and delta.old_mode == delta.new_mode
+        and delta.old_blob != delta.new_blob
+        and _PLAIN_PATH.fullmatch(delta.new_path) is not None
+    )
 
 
 def _delta(raw: pygit2.DiffDelta) -> Delta:

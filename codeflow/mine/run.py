@@ -25,6 +25,7 @@ from codeflow.work import Counts, Work
 
 _BATCH_BYTES = 8 << 20
 _STORED = ("text", "symlink", "lfs")
+_UNREAD = ("gitlink", "too_large", "missing")
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.Reco
     for blob, first in snapshot.blobs_in_order():
         try:
             info = objects.blob_info(blob, first.mode)
-            stored = info.kind in _STORED and info.size >= 0
-            data = objects.blob(blob) if stored and info.kind != "missing" else None
             kind, size = info.kind, info.size
+            data = None if kind in _UNREAD else objects.blob(blob)  # also vouches for the kind
+            data = data if kind in _STORED else None
         except (KeyError, CorruptObject):
             kind, size, data = "missing", -1, None
         rows.append((repo_id, blob, first.path, kind, size, data))
