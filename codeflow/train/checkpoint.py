@@ -1,9 +1,10 @@
 """Checkpoints: written whole or not at all, resumed bit for bit, on any number of processes.
 
 A checkpoint is a folder `step-00000200` with `model.safetensors`, `config.json` and the data's
-tokenizer, for other tools, and `state.pt` (optimizer, random state, counters), which only resuming
-needs. It is written under a temporary name, flushed to disk and renamed, so a killed run leaves the
-previous one valid; the price is room for one more checkpoint than are kept.
+tokenizer, for other tools, and `state.pt` (optimizer, random state, counters, the sha256 of the
+weights), which only resuming needs. It is written under a temporary name, flushed to disk and
+renamed, so a killed run leaves the previous one valid; the price is room for one more checkpoint
+than are kept.
 
 Weights and optimizer state are stored whole and by parameter name, whether the run was sharded or
 not. Rank 0 gathers, writes and reads them: its host needs 12 bytes per parameter with AdamW.
@@ -11,6 +12,7 @@ not. Rank 0 gathers, writes and reads them: its host needs 12 bytes per paramete
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +40,7 @@ from codeflow.train.hf import read_hf_config, to_hf
 from codeflow.train.model import LoopCoder
 from codeflow.train.parallel import World, from_all_ranks, from_rank_0
 
+_PARTS = {"optimizer", "random", "state", "weights"}
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
@@ -72,7 +75,7 @@ def save(
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=whole)
-    content = {
+    content: dict[str, Any] = {
         "optimizer": get_optimizer_state_dict(model, optimizer, options=whole),
         "random": from_all_ranks(_random_state(world), world),
         "state": dict(state),
@@ -113,7 +116,8 @@ def restore(folder: Path, model: LoopCoder, optimizer: Optimizers, world: World)
     problem = ""
     if world.rank == 0:
         try:
-            weights, rest = _read_weights(folder, model), _read_state(folder)
+            rest = _read_state(folder)
+            weights = _read_weights(folder, model, rest.pop("weights"))
             optimizer_state = rest.pop("optimizer")
             _require_optimizer(folder, model, optimizer, optimizer_state)
         except CheckpointError as e:
@@ -184,7 +188,8 @@ def _write(
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         # save_file lets nobody but the owner read; others shall, as far as the umask allows it.
         (temporary / "model.safetensors").chmod(file.stat().st_mode)
-        torch.save(dict(content), temporary / "state.pt")
+        sha256 = _sha256(temporary / "model.safetensors")
+        torch.save({**content, "weights": sha256}, temporary / "state.pt")
         if tokenizer is not None and tokenizer.is_file():
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         for file in temporary.iterdir():
@@ -205,9 +210,11 @@ def _write(
         ) from e
 
 
-def _read_weights(folder: Path, model: LoopCoder) -> dict[str, Tensor]:
+def _read_weights(folder: Path, model: LoopCoder, sha256: str) -> dict[str, Tensor]:
     file = folder / "model.safetensors"
     try:
+        if _sha256(file) != sha256:  # the format has no checksum of its own
+            raise SafetensorError("its content is not what was written")
         weights: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as e:
         raise _damaged(file, e) from e
@@ -226,7 +233,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         raise _damaged(file, e) from e
-    if not isinstance(content, dict) or content.keys() != {"optimizer", "random", "state"}:
+    if not isinstance(content, dict) or content.keys() != _PARTS:
         raise CheckpointError(
             f"{file}: was not written by this version of codeflow. Its weights can start a new run."
         )
@@ -292,6 +299,11 @@ def _delete(folder: Path) -> None:
 
 def _each(optimizer: Optimizers) -> Sequence[torch.optim.Optimizer]:
     return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

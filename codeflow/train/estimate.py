@@ -170,7 +170,7 @@ def _memory(run: Run, checkpointing: str, sharding: int) -> MemoryPlan:
         checkpointing=checkpointing,
         world_size=sharding,
         optimizer_bytes=_optimizer_bytes(run),
-        activation_bytes=2 if run.train.dtype == "bfloat16" else 4,
+        activation_bytes=4 if run.train.dtype == "float32" else 2,
     )
 
 
@@ -188,7 +188,8 @@ def _fits(memory: MemoryPlan, gpu_memory: int) -> bool:
 
 def _advice(run: Run, checkpointing: str, gpu_memory: int, world_size: int) -> str:
     """The mildest change that makes the run fit, or that none does."""
-    decided = dataclasses.replace(run.train, checkpointing=checkpointing)
+    dtype = "float32" if run.train.dtype == "float32" else "bfloat16"
+    decided = dataclasses.replace(run.train, checkpointing=checkpointing, dtype=dtype)
     for changed, ranks, words in _milder(decided, world_size):
         run = dataclasses.replace(run, train=changed)
         memory = _memory(run, changed.checkpointing, ranks if changed.parallel == "fsdp" else 1)

@@ -111,6 +111,14 @@ def usable_device(name: str, option: str = "train.device=") -> torch.device:
         raise UsageError(f"{option}{name}: not usable here: {e}") from e
 
 
+def activation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`train.dtype`, with `auto` decided: bfloat16 on GPUs since Ampere, which compute in it."""
+    if name == "auto":
+        ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bfloat16" if ampere else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
 def distribute(
     model: LoopCoder,
     world: World,

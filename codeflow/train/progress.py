@@ -26,7 +26,7 @@ from codeflow.train.flops import (
 )
 from codeflow.train.metrics import Sink, TensorBoard, WeightsAndBiases, duration, say
 from codeflow.train.model import Output
-from codeflow.train.parallel import World
+from codeflow.train.parallel import World, activation_dtype
 from codeflow.train.resolve import Run
 
 
@@ -149,10 +149,11 @@ def model_statistics(output: Output) -> dict[str, list[float]]:
 def introduce(run: Run, world: World, found: Path | None) -> None:
     """Say what is about to be trained."""
     body = parameter_count(run.model, embeddings=False)
+    dtype = activation_dtype(run.train.dtype, world.device)
     say(
         f"LoopCoder: {parameter_count(run.model) / 1e6:.1f} M parameters "
         f"({body / 1e6:.1f} M without embeddings), {run.model.loop_num} loops, "
-        f"{world.world_size} x {world.device.type}, {run.train.dtype}"
+        f"{world.world_size} x {world.device.type}, {str(dtype).removeprefix('torch.')}"
         + (f"; resumed from {found.name}" if found else "")
     )
     for plan in run.stages:

@@ -122,9 +122,9 @@ class TrainConfig(StageSettings):
         True, "fsdp: free a layer's weights after each use; false: faster, more memory."
     )
     dtype: str = setting(
-        "float32",
-        "Of activations; weights stay float32.",
-        choices=("float32", "bfloat16"),
+        "auto",
+        "Of activations; weights stay float32. auto: bfloat16 on a GPU that computes in it.",
+        choices=("auto", "float32", "bfloat16"),
     )
     backend: str = setting(
         "auto",

@@ -277,7 +277,7 @@ def _answer(line: bytes, module: types.ModuleType, objects: list[Any]) -> tuple[
         value = (called if method is None else getattr(called, method))(*args, **kwargs)
         if _is_plain(value):
             return "value", value
-    except Exception as e:
+    except Exception as e:  # the candidate's own: it is raised again in the test, by name
         return "error", type(e).__name__
     objects.append(value)
     return "object", len(objects) - 1

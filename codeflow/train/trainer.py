@@ -262,7 +262,7 @@ def _build_model(run: Run, world: World, *, fresh: bool) -> LoopCoder:
         model = LoopCoder(
             run.model,
             backend=config.backend,
-            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+            dtype=parallel.activation_dtype(config.dtype, world.device),
             seed=config.seed,
             checkpointing=choose_checkpointing(run, memory, world.world_size),
             z_loss=config.z_loss,

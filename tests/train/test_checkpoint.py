@@ -238,6 +238,18 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path, name: str) -> N
     run.restore(folder)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_flipped_bit_of_the_weights_is_seen(tmp_path: Path, share: float) -> None:
+    run = Run(Case("auto"), ALONE)
+    run.train(1)
+    file = run.save(tmp_path) / "model.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[int(len(flipped) * share)] ^= 1
+    file.write_bytes(flipped)
+    with pytest.raises(CheckpointError, match="its content is not what was written"):
+        run.restore(file.parent)
+
+
 def test_flipped_bytes_of_the_state_never_end_in_a_traceback(tmp_path: Path) -> None:
     run = Run(Case("auto"), ALONE)
     run.train(1)
@@ -259,14 +271,14 @@ def test_flipped_bytes_of_the_state_never_end_in_a_traceback(tmp_path: Path) -> 
         load_state(folder)
 
 
-def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_version_or_model_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, 1)
-    torch.save({"loader": {}}, folder / "state.pt")
-    with pytest.raises(CheckpointError, match=r"state\.pt: was not written by this version"):
-        load_state(folder)
     other = LoopCoder(replace(TINY, hidden_size=16))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: has other tensors"):
         checkpoint.restore(folder, other, torch.optim.AdamW(other.parameters()), ALONE)
+    torch.save({"loader": {}}, folder / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt: was not written by this version"):
+        load_state(folder)
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:

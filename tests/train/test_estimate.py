@@ -60,6 +60,15 @@ def test_the_advice_is_the_mildest_that_fits(manifest: Path) -> None:
     assert "smaller model" in hopeless.advice
 
 
+def test_a_plan_for_a_gpu_takes_auto_as_bfloat16(manifest: Path) -> None:
+    auto = plan(manifest, "1.2b", "train.dtype=auto", "train.checkpointing=none")
+    said = plan(manifest, "1.2b", "train.checkpointing=none")
+    assert estimate(auto).memory == estimate(said).memory
+    advice = estimate(auto, gpu_memory=60 * GB).advice
+    assert "train.dtype" not in advice
+    assert "train.checkpointing=full" in advice
+
+
 def test_auto_checkpoints_only_where_memory_needs_it(manifest: Path) -> None:
     run = plan(manifest)
     assert choose_checkpointing(run, None, 1) == "none"

@@ -126,6 +126,24 @@ def test_a_start_that_cannot_work(
         parallel.start(device)
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [
+        ("cpu", (0, 0), torch.float32),
+        ("cuda", (7, 5), torch.float32),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (12, 0), torch.bfloat16),
+    ],
+)
+def test_auto_computes_in_bfloat16_where_the_gpu_does(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert parallel.activation_dtype("auto", torch.device(device)) == dtype
+    assert parallel.activation_dtype("float32", torch.device(device)) == torch.float32
+    assert parallel.activation_dtype("bfloat16", torch.device(device)) == torch.bfloat16
+
+
 def test_an_unknown_strategy_is_refused() -> None:
     with pytest.raises(UsageError, match="Did you mean `fsdp`"):
         parallel.distribute(LoopCoder(TINY), ALONE, strategy="fsdp2")
