@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _HFTokenizer
@@ -42,9 +45,27 @@ CONTROL_TOKENS = (
     COMMIT_AFTER,
 )
 
+#: What trained vocabularies take apart before BPE: words with one leading character, digits one by
+#: one (so that numbers have one spelling), runs of punctuation, line ends.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+#: That and its kin: those of Qwen, cl100k and Llama 3.
+_SPLITS = {
+    contractions + SPLIT.replace(r"|\p{N}|", digits)
+    for contractions in ("", "(?i:'s|'t|'re|'ve|'m|'ll|'d)|")
+    for digits in (r"|\p{N}|", r"|\p{N}{1,3}|")
+}
+# None of their tokens holds a line end and what follows it, unless that is another line end or
+# white space up to one. White space is a wider notion there, hence only lines that begin in ASCII.
+_LINE_END = re.compile(r"\n(?=[ \t]*[!-~])")
+_KEPT_CHARACTERS = 8 << 20  # of lines whose ids are kept, about 110 MB with them
+
 
 class Tokenizer:
     """A vocabulary, byte-level BPE as a rule.
+
+    Where its way of taking texts apart allows it, texts are encoded line by line and the ids of
+    lines kept, because versions of a file share nearly all of them: the same ids, 5x faster on
+    the documents of redis.
 
     Args:
         data: A tokenizer.json.
@@ -66,6 +87,8 @@ class Tokenizer:
             self._tokenizer = _HFTokenizer.from_str(json.dumps(content))
         except Exception as e:  # the library raises bare Exception for any malformed file
             raise CodeflowError(f"{where} is not a tokenizer.json: {e}") from e
+        self._lines: dict[str, list[int]] | None = {} if _encodes_lines_alone(content) else None
+        self._line_characters = 0
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a file may carry either, and nothing is ever cut
         self._tokenizer.no_padding()
@@ -99,12 +122,52 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; nothing in a text becomes a control token."""
+        if self._lines is None:
+            return self._encode(texts)
+        result = []
+        for text in texts:
+            *lines, rest = _LINE_END.split(text)
+            known = self._known(lines)
+            (ids,) = self._encode([rest])
+            result.append([*chain.from_iterable(map(known.__getitem__, lines)), *ids])
+        return result
+
+    def _known(self, lines: Iterable[str]) -> dict[str, list[int]]:
+        """Ids by line, of at least these lines, each with its line end."""
+        assert self._lines is not None
+        if self._line_characters > _KEPT_CHARACTERS:
+            self._lines, self._line_characters = {}, 0
+        new = [line for line in dict.fromkeys(lines) if line not in self._lines]
+        self._lines.update(zip(new, self._encode([line + "\n" for line in new]), strict=True))
+        self._line_characters += sum(map(len, new))
+        return self._lines
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [e.ids for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens shown by name."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _encodes_lines_alone(content: dict[str, Any]) -> bool:
+    """Are the ids of a text those of its lines, as cut by `_LINE_END`? Read from tokenizer.json."""
+    model = content.get("model") or {}
+    steps: list[dict[str, Any]] = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    if len(steps) != 2:
+        return False
+    split, bytes_ = steps
+    return (
+        content.get("normalizer") in (None, {"type": "NFC"})
+        and (split.get("type"), split.get("behavior")) == ("Split", "Isolated")
+        and not split.get("invert")
+        and split.get("pattern", {}).get("Regex") in _SPLITS
+        and bytes_.get("type") == "ByteLevel"
+        and not (bytes_.get("use_regex", True) or bytes_.get("add_prefix_space", True))
+        and model.get("type") == "BPE"
+        and not model.get("dropout")
+    )
 
 
 def with_control_tokens(

@@ -16,12 +16,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from codeflow.recipe import Recipe
-from codeflow.tokenizer import CONTROL_TOKENS, Tokenizer
+from codeflow.tokenizer import CONTROL_TOKENS, SPLIT, Tokenizer
 from codeflow.work import Counts, Work
-
-# Words with one leading space, digits one by one, runs of punctuation, line ends: the split that
-# current code models share. Digits one by one, so that numbers have one spelling.
-_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def run(work: Work, recipe: Recipe) -> Counts:
@@ -45,7 +41,7 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
     tokenizer = HFTokenizer(BPE())
     tokenizer.pre_tokenizer = Sequence(
         [
-            Split(Regex(_SPLIT), behavior="isolated"),
+            Split(Regex(SPLIT), behavior="isolated"),
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
 
 from codeflow.errors import CodeflowError
 from codeflow.pack.vocabulary import train
-from codeflow.tokenizer import CONTROL_TOKENS, END, FILE, Tokenizer
+from codeflow.tokenizer import CONTROL_TOKENS, END, FILE, SPLIT, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p.read_text() for p in sorted((ROOT / "codeflow").glob("*.py"))]
@@ -70,6 +72,94 @@ def test_text_comes_back_and_never_holds_a_control_token(name: str, texts: list[
     control = set(tokenizer.control_ids().values())
     assert not control & {i for ids in encoded for i in ids}
     assert all(0 <= i < tokenizer.vocab_size for ids in encoded for i in ids)
+
+
+# Pieces that tokens could run across where a line ends, and a vocabulary that has such tokens.
+PIECES = [
+    "\n", "\r\n", "\r", " ", "    ", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028",
+    "\u3000", "}", ");",
+    "/", "//", "'s", "'ll", "a", "if", "return", "7", "1234", "é", "e\u0301", "\u0301",
+    "日本", "\U0001f600", "_", "#", "}\n", "}\n\n", " \n", "\n\n\n", "\n    ", "\n\t\t", ";\n  x",
+]  # fmt: skip
+ACROSS = train(iter([*SOURCES, *(a + b for a in PIECES for b in PIECES for _ in range(9))]), 4096)
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+
+
+def taken_apart(change: Callable[[dict[str, Any]], Any]) -> bytes:
+    content = json.loads(ACROSS)
+    change(content)
+    return json.dumps(content).encode()
+
+
+def with_split(pattern: str) -> Callable[[dict[str, Any]], Any]:
+    def change(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+
+    return change
+
+
+BY_LINE = {
+    "trained": ACROSS,
+    "qwen": taken_apart(with_split(CONTRACTIONS + SPLIT)),
+    "cl100k": taken_apart(with_split(CONTRACTIONS + SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))),
+    "composing": taken_apart(lambda c: c.update(normalizer={"type": "NFC"})),
+}
+WHOLE = {
+    # o200k's, whose tokens may end in a slash of the next line
+    "slash": taken_apart(with_split(SPLIT.replace(r"[\r\n]*", r"[\r\n/]*"))),
+    "gpt2": taken_apart(
+        lambda c: c.update(
+            pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False,
+                           "trim_offsets": True, "use_regex": True}
+        )
+    ),
+    "prefix": taken_apart(
+        lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)
+    ),
+    "more": taken_apart(
+        lambda c: c["pre_tokenizer"]["pretokenizers"].append(
+            {"type": "Digits", "individual_digits": True}
+        )
+    ),
+    "inverted": taken_apart(lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
+    "folding": taken_apart(lambda c: c.update(normalizer={"type": "NFKC"})),
+    "none": taken_apart(lambda c: c.update(pre_tokenizer=None)),
+    "dropout": taken_apart(lambda c: c["model"].update(dropout=0.1)),
+}  # fmt: skip
+
+
+def plain(data: bytes) -> HFTokenizer:
+    """The library itself, told that control tokens are text."""
+    tokenizer = HFTokenizer.from_str(data.decode())
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+LINE_TOKENIZERS = {name: (Tokenizer(d, name), plain(d)) for name, d in BY_LINE.items()}
+
+
+@pytest.mark.parametrize("name", BY_LINE)
+@settings(max_examples=400, deadline=None)
+@given(texts=st.lists(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), max_size=3))
+def test_ids_by_line_are_those_of_the_whole_text(name: str, texts: list[str]) -> None:
+    tokenizer, whole = LINE_TOKENIZERS[name]
+    expected = [whole.encode(text, add_special_tokens=False).ids for text in texts]
+    assert tokenizer.encode(texts) == expected
+    assert tokenizer.encode(texts) == expected  # from the lines it knows now
+
+
+def test_only_vocabularies_known_to_allow_it_are_encoded_by_line() -> None:
+    assert all(Tokenizer(data, name)._lines is not None for name, data in BY_LINE.items())
+    assert all(Tokenizer(data, name)._lines is None for name, data in WHOLE.items())
+
+
+def test_known_lines_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codeflow.tokenizer._KEPT_CHARACTERS", 1000)
+    tokenizer, whole = Tokenizer(TRAINED, "t"), plain(TRAINED)
+    for text in SOURCES:
+        assert tokenizer.encode([text]) == [whole.encode(text, add_special_tokens=False).ids]
+        assert tokenizer._lines is not None
+        assert sum(map(len, tokenizer._lines)) < 1000 + len(text)
 
 
 @EVERY
