@@ -25,11 +25,12 @@ lint: tools ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## every performance claim, ours against the peer in one run; REPOS="a.git b.git"
+bench: setup ## every performance claim, ours against the peer in one run; REPOS="a.git" DATASET=data
 	@$(PIP) -e '.[bench,datasketch]'
 	$(BIN)/python bench/mining.py $(REPOS)
 	$(BIN)/python bench/dedup_minhash.py
 	$(BIN)/python bench/train_cpu.py
+	$(if $(DATASET),$(BIN)/python bench/encoding.py $(DATASET))
 	$(if $(REPOS),$(BIN)/python bench/real_repositories.py $(REPOS))
 
 setup: $(VENV)/.installed
