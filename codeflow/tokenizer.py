@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from sys import getsizeof
 from typing import Any
 
 from tokenizers import AddedToken
@@ -57,7 +59,9 @@ _SPLITS = {
 # None of their tokens holds a line end and what follows it, unless that is another line end or
 # white space up to one. White space is a wider notion there, hence only lines that begin in ASCII.
 _LINE_END = re.compile(r"\n(?=[ \t]*[!-~])")
-_KEPT_CHARACTERS = 8 << 20  # of lines whose ids are kept, about 110 MB with them
+_KEPT_BYTES = 128 << 20  # of lines with their ids, before they are forgotten
+_ENTRY_BYTES = 100  # what a dict takes for each
+_LINES_AT_ONCE = 4096  # the library's own results are far larger than ids
 
 
 class Tokenizer:
@@ -85,10 +89,12 @@ class Tokenizer:
             for token in content.get("added_tokens", []):
                 token["special"] = True
             self._tokenizer = _HFTokenizer.from_str(json.dumps(content))
-        except Exception as e:  # the library raises bare Exception for any malformed file
+        except BaseException as e:  # the library raises bare Exception, or panics
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
             raise CodeflowError(f"{where} is not a tokenizer.json: {e}") from e
-        self._lines: dict[str, list[int]] | None = {} if _encodes_lines_alone(content) else None
-        self._line_characters = 0
+        self._lines: dict[str, array[int]] | None = {} if _encodes_lines_alone(content) else None
+        self._kept_bytes = 0
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a file may carry either, and nothing is ever cut
         self._tokenizer.no_padding()
@@ -132,14 +138,18 @@ class Tokenizer:
             result.append([*chain.from_iterable(map(known.__getitem__, lines)), *ids])
         return result
 
-    def _known(self, lines: Iterable[str]) -> dict[str, list[int]]:
+    def _known(self, lines: Iterable[str]) -> dict[str, array[int]]:
         """Ids by line, of at least these lines, each with its line end."""
         assert self._lines is not None
-        if self._line_characters > _KEPT_CHARACTERS:
-            self._lines, self._line_characters = {}, 0
+        if self._kept_bytes > _KEPT_BYTES:
+            self._lines, self._kept_bytes = {}, 0
         new = [line for line in dict.fromkeys(lines) if line not in self._lines]
-        self._lines.update(zip(new, self._encode([line + "\n" for line in new]), strict=True))
-        self._line_characters += sum(map(len, new))
+        for at in range(0, len(new), _LINES_AT_ONCE):
+            batch = new[at : at + _LINES_AT_ONCE]
+            encoded = self._encode([line + "\n" for line in batch])
+            for line, ids in zip(batch, encoded, strict=True):
+                kept = self._lines[line] = array("I", ids)
+                self._kept_bytes += getsizeof(line) + getsizeof(kept) + _ENTRY_BYTES
         return self._lines
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -167,7 +177,19 @@ def _encodes_lines_alone(content: dict[str, Any]) -> bool:
         and not (bytes_.get("use_regex", True) or bytes_.get("add_prefix_space", True))
         and model.get("type") == "BPE"
         and not model.get("dropout")
+        and _keeps_ids(content.get("post_processor") or {})
     )
+
+
+def _keeps_ids(processor: dict[str, Any]) -> bool:
+    """Does it leave the ids of a text as they are, control tokens aside?"""
+    match processor.get("type"):
+        case "Sequence":
+            return all(map(_keeps_ids, processor["processors"]))
+        case "TemplateProcessing":
+            return sum("Sequence" in piece for piece in processor["single"]) == 1
+        case kind:
+            return kind in (None, "ByteLevel")
 
 
 def with_control_tokens(

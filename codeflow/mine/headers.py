@@ -42,6 +42,13 @@ def check_header(section: bytes, change: dict[str, Any]) -> str | None:
     return _index_problem(indexes[0], change) if indexes else None
 
 
+def edit_header(path: bytes, old_blob: str, new_blob: str, mode: int) -> bytes:
+    """The header lines of a file of which nothing but the content changed, as libgit2 has them."""
+    old, new = quoted(b"a/" + path), quoted(b"b/" + path)
+    index = f"index {old_blob[:7]}..{new_blob[:7]} {mode:06o}".encode()
+    return b"diff --git %b %b\n%b\n--- %b\n+++ %b\n" % (old, new, index, old, new)
+
+
 def quoted(path: bytes) -> bytes:
     """A path as git writes it into patches: C-style quotes only where they are needed."""
     if not _NEEDS_QUOTES.search(path):

@@ -24,7 +24,7 @@ pygit2.settings.enable_strict_hash_verification(False)  # texts go by made-up id
 FLAGS = int(DiffOption.INDENT_HEURISTIC)  # as git itself since 2.14
 
 _CONTEXT = 3
-_MARGIN = 1024  # bytes of equal text kept on each side: context, and room for a hunk to slide
+_MARGIN = 1024  # bytes of equal text kept on each side besides the context: hunks may slide
 _HEADING = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_$")  # first bytes
 _HEADING_LINES = 1000  # to look back for a heading, before the text is shown from its beginning
 _BLOCK = 1 << 15
@@ -98,14 +98,20 @@ def _equal_ends(old: bytes, new: bytes) -> tuple[int, int]:
     prefix = _common_prefix(old, new)
     suffix = _common_suffix(old, new, min(len(old), len(new)) - prefix)
     head = old.rfind(b"\n", 0, max(prefix - _MARGIN, 0)) + 1
+    for _ in range(_CONTEXT):
+        head = old.rfind(b"\n", 0, max(head - 1, 0)) + 1
     for _ in range(_HEADING_LINES):
         if not head or old[head] in _HEADING:
             break
         head = old.rfind(b"\n", 0, head - 1) + 1
     else:
         head = 0
-    end = old.find(b"\n", len(old) - suffix + _MARGIN) + 1
-    return head, len(old) - end if end else 0
+    end = len(old) - suffix + _MARGIN
+    for _ in range(_CONTEXT + 1):
+        end = old.find(b"\n", end) + 1
+        if not end:
+            return head, 0
+    return head, len(old) - end
 
 
 def _common_prefix(a: bytes, b: bytes) -> int:
@@ -134,7 +140,13 @@ def _common_suffix(a: bytes, b: bytes, limit: int) -> int:
 
 
 def _has_context(hunks: bytes, before: bool, after: bool) -> bool:
-    """Three equal lines before the first change and after the last, where these are cut?"""
+    """Is there all that a patch tells of the lines around it, where these are cut away?
+
+    Three equal lines before the first change, and a line before these for the heading; three equal
+    lines after the last.
+    """
+    if before and hunks.startswith((b"@@ -1,", b"@@ -1 ")):
+        return False
     first = hunks.split(b"\n", _CONTEXT + 1)[1:-1] if before else []
     last = hunks.rsplit(b"\n", _CONTEXT + 1)[1:-1] if after else []
     return all(line[:1] == b" " for line in first + last)

@@ -9,7 +9,6 @@ only looked at are not hashed.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pygit2
 from pygit2.enums import ConfigLevel, DiffFind
 
+from codeflow.mine.headers import edit_header
 from codeflow.mine.linediff import FLAGS, LineDiff
 
 pygit2.settings.enable_strict_hash_verification(False)
@@ -32,8 +32,8 @@ EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 EMPTY_BLOB = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
 _RECENT_BYTES = 32 << 20
+UNREAD = ("gitlink", "too_large", "missing")  # kinds of blobs whose content is never looked at
 _LFS = b"version https://git-lfs"
-_PLAIN_PATH = re.compile(rb"[!#-\[\]-~]+")  # in a header as it is: no space, quote or backslash
 
 
 def git_hash(kind: bytes, data: bytes) -> str:
@@ -222,10 +222,7 @@ class Objects:
         """The section of a file of which nothing but the content changed."""
         old, new = delta.old_blob or "", delta.new_blob or ""
         hunks, added, deleted = self._line_diff.hunks(self.content(old), self.content(new))
-        ids = f"{old[:7]}..{new[:7]} {delta.new_mode:o}".encode()
-        header = b"diff --git a/%b b/%b\nindex %b\n--- a/%b\n+++ b/%b\n"
-        path = delta.new_path
-        return header % (path, path, ids, path, path) + hunks, added, deleted
+        return edit_header(delta.new_path, old, new, delta.new_mode) + hunks, added, deleted
 
     def _has_section(self, delta: Delta) -> bool:
         if delta.old_blob == delta.new_blob:
@@ -264,7 +261,6 @@ def _is_plain_edit(delta: Delta) -> bool:
         delta.status == "M"
         and delta.old_mode == delta.new_mode
         and delta.old_blob != delta.new_blob
-        and _PLAIN_PATH.fullmatch(delta.new_path) is not None
     )
 
 

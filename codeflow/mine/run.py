@@ -13,7 +13,7 @@ from codeflow.mine.commits import Commit, parse_commit, parse_parents
 from codeflow.mine.fetch import repository
 from codeflow.mine.flow import Flow, State
 from codeflow.mine.history import Window, read_mainline, steps
-from codeflow.mine.objects import CorruptObject, Objects
+from codeflow.mine.objects import UNREAD, CorruptObject, Objects
 from codeflow.mine.refs import GitDir, tags
 from codeflow.mine.snapshot import Snapshot
 from codeflow.mine.survey import time_progress
@@ -25,7 +25,6 @@ from codeflow.work import Counts, Work
 
 _BATCH_BYTES = 8 << 20
 _STORED = ("text", "symlink", "lfs")
-_UNREAD = ("gitlink", "too_large", "missing")
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def _blobs(work: Work, objects: Objects, snapshot: Snapshot) -> Iterator[pa.Reco
         try:
             info = objects.blob_info(blob, first.mode)
             kind, size = info.kind, info.size
-            data = None if kind in _UNREAD else objects.blob(blob)  # also vouches for the kind
+            data = None if kind in UNREAD else objects.blob(blob)  # also vouches for the kind
             data = data if kind in _STORED else None
         except (KeyError, CorruptObject):
             kind, size, data = "missing", -1, None

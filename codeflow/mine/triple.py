@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from codeflow.mine.merkle import TreeSplicer
-from codeflow.mine.objects import CorruptObject, Delta, Objects
+from codeflow.mine.objects import UNREAD, CorruptObject, Delta, Objects
 from codeflow.mine.patch import PatchError, apply_section
 from codeflow.paths import is_code, is_safe, is_test
 from codeflow.recipe import MineSettings
@@ -109,8 +109,7 @@ class Prover:
                 edits.setdefault(delta.old_path, None)
             if delta.new_blob is not None:
                 edits[delta.new_path] = (delta.new_mode, delta.new_blob)
-            if file.section and delta.old_blob != delta.new_blob:
-                self._replay(file)
+            self._prove_file(file)
         try:
             proven = self._trees.leads_to(old_tree, new_tree, edits)
         except (KeyError, ValueError) as e:
@@ -118,16 +117,23 @@ class Prover:
         if not proven:
             raise Unprovable(f"the changed files do not lead to tree {new_tree}")
 
-    def _replay(self, file: FileChange) -> None:
+    def _prove_file(self, file: FileChange) -> None:
+        """Hash both sides, which also vouches for their kinds, and replay what has hunks."""
         delta = file.delta
         try:
-            old = self._objects.blob(delta.old_blob) if delta.old_blob else b""
-            new = self._objects.blob(delta.new_blob) if delta.new_blob else b""
-            same = new == apply_section(old, file.section)
+            old = self._verified(delta.old_blob, delta.old_mode)
+            new = self._verified(delta.new_blob, delta.new_mode)
+            replayed = file.section and delta.old_blob != delta.new_blob
+            same = not replayed or new == apply_section(old, file.section)
         except (PatchError, CorruptObject, KeyError) as e:
             raise Unprovable(f"{file.path!r}: {e}") from e
         if not same:
             raise Unprovable(f"{file.path!r}: the patch leads to other content")
+
+    def _verified(self, blob: str | None, mode: int) -> bytes:
+        if blob is None or self._objects.blob_info(blob, mode).kind in UNREAD:
+            return b""
+        return self._objects.blob(blob)
 
 
 def triple_id(repo_id: str, old_commit: str, new_commit: str) -> str:

@@ -102,8 +102,25 @@ BY_LINE = {
     "trained": ACROSS,
     "qwen": taken_apart(with_split(CONTRACTIONS + SPLIT)),
     "cl100k": taken_apart(with_split(CONTRACTIONS + SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))),
+    "llama3": taken_apart(
+        lambda c: c.update(
+            post_processor={
+                "type": "Sequence",
+                "processors": [
+                    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                     "use_regex": True},
+                    {
+                        "type": "TemplateProcessing", "pair": [],
+                        "single": [{"SpecialToken": {"id": END, "type_id": 0}},
+                                   {"Sequence": {"id": "A", "type_id": 0}}],
+                        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+                    },
+                ],
+            }
+        )
+    ),
     "composing": taken_apart(lambda c: c.update(normalizer={"type": "NFC"})),
-}
+}  # fmt: skip
 WHOLE = {
     # o200k's, whose tokens may end in a slash of the next line
     "slash": taken_apart(with_split(SPLIT.replace(r"[\r\n]*", r"[\r\n/]*"))),
@@ -124,6 +141,14 @@ WHOLE = {
     "inverted": taken_apart(lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
     "folding": taken_apart(lambda c: c.update(normalizer={"type": "NFKC"})),
     "none": taken_apart(lambda c: c.update(pre_tokenizer=None)),
+    "doubling": taken_apart(
+        lambda c: c.update(
+            post_processor={
+                "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+            }
+        )
+    ),
     "dropout": taken_apart(lambda c: c["model"].update(dropout=0.1)),
 }  # fmt: skip
 
@@ -154,12 +179,22 @@ def test_only_vocabularies_known_to_allow_it_are_encoded_by_line() -> None:
 
 
 def test_known_lines_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codeflow.tokenizer._KEPT_CHARACTERS", 1000)
+    monkeypatch.setattr("codeflow.tokenizer._KEPT_BYTES", 1000)
     tokenizer, whole = Tokenizer(TRAINED, "t"), plain(TRAINED)
     for text in SOURCES:
         assert tokenizer.encode([text]) == [whole.encode(text, add_special_tokens=False).ids]
         assert tokenizer._lines is not None
         assert sum(map(len, tokenizer._lines)) < 1000 + len(text)
+
+
+def test_short_lines_count_with_all_they_take() -> None:
+    tokenizer = Tokenizer(TRAINED, "t")
+    for start in range(0, 100_000, 10_000):
+        tokenizer.encode(["".join(f"{i:x}\n" for i in range(start, start + 10_000))])
+    assert tokenizer._lines is not None
+    keys, ids = tokenizer._lines, tokenizer._lines.values()
+    taken = sum(map(sys.getsizeof, [*keys, *ids])) + sys.getsizeof(tokenizer._lines)
+    assert taken == pytest.approx(tokenizer._kept_bytes, rel=0.3)
 
 
 @EVERY
@@ -222,6 +257,14 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path, data: bytes) ->
     path.write_bytes(data)
     with pytest.raises(CodeflowError, match=r"tokenizer\.json is not a tokenizer\.json"):
         Tokenizer.from_file(path)
+
+
+def test_a_vocabulary_the_library_panics_at_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(TRAINED)
+    content["model"]["continuing_subword_prefix"] = "##"
+    with pytest.raises(CodeflowError, match=r"v is not a tokenizer\.json"):
+        Tokenizer(json.dumps(content).encode(), "v")
+    capfd.readouterr()  # what Rust says of it
 
 
 def test_a_vocabulary_without_an_end_and_an_absent_one_are_refused(tmp_path: Path) -> None:

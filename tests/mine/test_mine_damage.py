@@ -75,6 +75,37 @@ def test_a_damaged_changed_file_costs_its_triples(tmp_path: Path, how: str) -> N
     verified(result)
 
 
+OTHER = text("other", 30)
+FORGED = {
+    "moved, now other text": ({b"old": OTHER}, {b"new": OTHER}, b"forged\n"),
+    "moved, now binary": ({b"old": OTHER}, {b"new": OTHER}, b"\0forged"),
+    "made executable, now other text": (
+        {b"x": OTHER}, {b"x": (EXECUTABLE, OTHER)}, b"forged\n"
+    ),
+    "edited, now binary": ({b"x": b"honest\n"}, {b"x": OTHER}, b"\0forged"),
+    "edited, now as before": ({b"x": b"honest\n"}, {b"x": OTHER}, b"honest\n"),
+    "edited, now empty": ({b"x": b"honest\n"}, {b"x": OTHER}, b""),
+    "edited, now an LFS pointer": (
+        {b"x": b"honest\n"}, {b"x": OTHER}, b"version https://git-lfs.github.com/spec/v1\n"
+    ),
+    "deleted, now binary": ({b"x": OTHER}, {}, b"\0forged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_change_of_a_forged_file_is_no_triple(tmp_path: Path, case: str) -> None:
+    """Whatever its content pretends to be: kinds are only believed of content that was hashed."""
+    before, after, content = FORGED[case]
+    repo = Repo(tmp_path / "r.git")
+    repo.chain(*(state(i) | (before if i < 3 else after) for i in range(6)))
+    repo.replace(repo.blob(OTHER), "blob", content)
+    result = mine(repo.path, tmp_path / "data", **STEP)
+    assert [t["old_position"] for t in result.rows("triples")] == [0, 1, 3, 4]
+    assert result.counts["rejected_unprovable"] == 1
+    assert {r["data"] for r in result.rows("blobs")}.isdisjoint({content} - {b"honest\n"})
+    verified(result)
+
+
 @pytest.mark.parametrize("how", WAYS)
 def test_a_damaged_unchanged_file_is_left_out_by_name(tmp_path: Path, how: str) -> None:
     repo = Repo(tmp_path / "r.git")

@@ -124,6 +124,17 @@ def test_the_heading_is_found_however_far_above_it_is(distance: int) -> None:
     assert hunks == of_whole(text(old), text(new))[0]
 
 
+@pytest.mark.parametrize("width", [1, 80, 300, 340, 400, 500, 600, 1100, 5000])
+def test_long_lines_keep_their_headings(width: int) -> None:
+    rng = random.Random(width)
+    old = lines(*range(40), template="Sentence {} " + "w" * width)
+    for _ in range(20):
+        new = list(old)
+        new[rng.randrange(40)] = "another one"
+        before, after = text(old), text(new)
+        assert LineDiff().hunks(before, after) == of_whole(before, after)
+
+
 def test_git_applies_the_hunks_of_a_cut_text(tmp_path: Path) -> None:
     old = text(lines(*range(5000)))
     new = old.replace(b"line 1000 ", b"LINE 1000 ").replace(b"line 4000 of the text\n", b"")
