@@ -253,6 +253,9 @@ class Recipe:
         }
 
 
+_OF_TRAINING = {"model", "train", "stage"}  # sections of recipes that `codeflow train` takes
+
+
 def digest(value: Any) -> str:
     """A stable hash of a JSON-able value, 24 hex digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -273,6 +276,11 @@ def load_recipe(path: str | Path | None, overrides: Iterable[str] = ()) -> Recip
             mapping = read_toml(Path(path).read_text(encoding="utf-8"), where)
         except (OSError, UnicodeDecodeError) as e:
             raise RecipeError(f"cannot read recipe {where}: {e}") from e
+        if mapping.keys() & _OF_TRAINING:
+            raise RecipeError(
+                f"{where} is a recipe for training: give it to `codeflow train --recipe`. What a "
+                "dataset's recipe holds, `codeflow show recipe` says."
+            )
         mapping.setdefault("name", Path(path).stem)
     recipe = build(Recipe, mapping, where)
     return override_recipe(recipe, overrides)

@@ -141,7 +141,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
     for key, value in mapping.items():
         if key not in fields:
             kind = "section" if isinstance(value, Mapping) else "setting"
-            hint = did_you_mean(f"{prefix}{key}", [f"{prefix}{name}" for name in fields])
+            hint = _nearest(cls, prefix, key, value)
             raise RecipeError(f"{where}: unknown {kind} `{prefix}{key}`. {hint}")
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
@@ -159,6 +159,20 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
         else:
             values[key] = _checked(value, hints[key], fields[key].metadata, where, name)
     return cls(**values)
+
+
+def _nearest(cls: Any, prefix: str, key: str, value: Any) -> str:
+    """What may have been meant by an unknown key: also a setting whose section was left out."""
+    fields = dataclasses.fields(cls)
+    if not prefix and not isinstance(value, Mapping):
+        hints = typing.get_type_hints(cls)
+        sections = {
+            f.name: hints[f.name] for f in fields if dataclasses.is_dataclass(hints[f.name])
+        }
+        inside = [s for s, c in sections.items() if key in {f.name for f in dataclasses.fields(c)}]
+        if inside:
+            return "Did you mean " + " or ".join(f"`{section}.{key}`" for section in inside) + "?"
+    return did_you_mean(f"{prefix}{key}", [f"{prefix}{f.name}" for f in fields])
 
 
 def _table_of(hint: Any) -> Any:

@@ -50,7 +50,13 @@ def read_mainline(objects: Objects, head: str) -> list[Commit]:
     """
     try:
         return mainline(lambda c: parse_commit(c, objects.commit(c), message=False), head)
-    except (KeyError, ValueError, OSError) as e:
+    except KeyError as e:
+        raise RepositoryError(
+            "corrupt",
+            f"cannot read the history of HEAD: commit {e.args[0]} is missing, or may not be read: "
+            "`git fsck` in the repository says which",
+        ) from e
+    except (ValueError, OSError) as e:
         raise RepositoryError("corrupt", f"cannot read the history of HEAD: {e}") from e
 
 

@@ -32,7 +32,8 @@ LEAVES = list(flatten(Recipe()))
     [
         ("mine.min_comits=3", "unknown setting `mine.min_comits`. Did you mean `mine.min_commits`"),
         ("dedupe.threshold=0.5", "unknown section `dedupe`. Did you mean `dedup`"),
-        ("threshold=0.5", "unknown setting `threshold`"),
+        ("threshold=0.5", "unknown setting `threshold`. Did you mean `dedup.threshold`?"),
+        ("nothing=0.5", "unknown setting `nothing`. Valid: `compose`"),
         ("mine.min_commits=many", "`mine.min_commits` must be a whole number, not 'many'"),
         ("mine.min_commits=2.5", "`mine.min_commits` must be a whole number, not 2.5"),
         ("mine.min_commits=true", "`mine.min_commits` must be a whole number, not True"),
@@ -93,6 +94,9 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:
         load_recipe(bad)
     bad.write_text("[mine]\nmin_comits = 3\n")
     with pytest.raises(RecipeError, match=r"bad\.toml: unknown setting `mine\.min_comits`"):
+        load_recipe(bad)
+    bad.write_text("[model]\nnum_hidden_layers = 2\n")
+    with pytest.raises(RecipeError, match=r"bad\.toml is a recipe for training: give it to"):
         load_recipe(bad)
     bad.write_bytes(b"\xff")
     with pytest.raises(RecipeError, match=r"cannot read recipe .*bad\.toml"):
