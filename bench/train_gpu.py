@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -46,10 +47,12 @@ from codeflow.train.flops import (
 )
 from codeflow.train.model import LoopCoder
 from codeflow.train.optim import decays
+from codeflow.train.parallel import usable_device
 
 LENGTHS = {"8K": 8192, "32K": 32768, "128K": 131072}
 WARM_UP, TIMED = 2, 3
 LIMIT_S = 600  # of one case
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # every step has its own shapes
 #: (size, length, least MFU, least loop / dense 2L), one document a row, back end `auto`.
 CLAIMS = (
     ("1.2b", "8K", 0.42, 0.93),
@@ -82,15 +85,22 @@ class Case:
             return config
         return dataclasses.replace(config, num_hidden_layers=2 * config.num_hidden_layers)
 
-    @property
-    def doc_lens(self) -> list[int]:
-        """Lengths from 1/2 to 3/2 of the mean, so that no two neighbours are alike."""
+    def doc_lens(self, step: int = 0) -> list[int]:
+        """Lengths from 1/2 to 3/2 of the mean, and others at every step, as in real rows.
+
+        A kernel that is planned or compiled anew for a length it has not seen must show it.
+        """
         n, total = self.documents, self.tokens
         if n == 1:
             return [total]
         lengths = [total * (n + 2 * i) // (2 * n * n) for i in range(n)]
         lengths = lengths[::2] + lengths[1::2][::-1]
-        return [*lengths[:-1], total - sum(lengths[:-1])]
+        lengths = [*lengths[:-1], total - sum(lengths[:-1])]
+        for i in range(0, n - 1, 2):
+            moved = (i + 1) * step % (lengths[i + 1] // 2)
+            lengths[i] += moved
+            lengths[i + 1] -= moved
+        return lengths
 
 
 def cases() -> Iterator[Case]:
@@ -208,7 +218,9 @@ def in_fresh_process(case: Case, device: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--device", device]
     command += ["--case", json.dumps(dataclasses.asdict(case))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, env=os.environ | ALLOCATOR
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {LIMIT_S} s"}
     if done.returncode:
@@ -221,6 +233,7 @@ def in_fresh_process(case: Case, device: str) -> dict[str, Any]:
 def measure(case: Case, device: str) -> dict[str, Any]:
     """The numbers of a case, here and now."""
     torch.manual_seed(0)
+    usable_device(device)  # as the trainer sets it up
     on_gpu = device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     with torch.device("meta"):
@@ -244,15 +257,14 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=on_gpu)
     ids = torch.randint(0, case.config.vocab_size, (case.tokens,), device=device)
-    doc_lens = case.doc_lens
     labels = ids.roll(-1)
 
-    def step() -> float:
+    def step(number: int) -> float:
         if on_gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss = model(ids, Documents.of(doc_lens, device), labels).loss / case.tokens
+        loss = model(ids, Documents.of(case.doc_lens(number), device), labels).loss / case.tokens
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -261,9 +273,9 @@ def measure(case: Case, device: str) -> dict[str, Any]:
             raise RuntimeError(f"the loss is {value}")
         return time.perf_counter() - started
 
-    for _ in range(WARM_UP):
-        step()
-    seconds = statistics.median(step() for _ in range(TIMED))
+    for number in range(WARM_UP):
+        step(number)
+    seconds = statistics.median(step(WARM_UP + number) for number in range(TIMED))
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
 
     def mfu(flops: int) -> float | None:
@@ -273,8 +285,8 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
         "tokens_per_second": case.tokens / seconds,
-        "mfu": mfu(training_flops(case.config, doc_lens)),
-        "mfu_noncausal": mfu(training_flops_noncausal(case.config, doc_lens, case.tokens)),
+        "mfu": mfu(training_flops(case.config, case.doc_lens())),
+        "mfu_noncausal": mfu(training_flops_noncausal(case.config, case.doc_lens(), case.tokens)),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "device": device_name(device),
         "torch": torch.__version__,

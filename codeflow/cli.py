@@ -21,11 +21,13 @@ import click
 from codeflow import __version__
 from codeflow.errors import CodeflowError
 from codeflow.exec import EXECUTORS
+from codeflow.steps import STAGES
 from codeflow.storage import AnyPath, parse_root
 
 if TYPE_CHECKING:
     from codeflow.pipeline import RunOptions
     from codeflow.recipe import Recipe
+    from codeflow.verify import Verification
 
 
 class _Dataset(click.ParamType[AnyPath]):
@@ -49,7 +51,7 @@ def main() -> None:
         e.show()
         code = e.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; finished units are kept: run the same command to go on", err=True)
+        click.echo(f"interrupted{_kept()}", err=True)
         code = 130
     except CodeflowError as e:
         click.echo(f"error: {e}", err=True)
@@ -60,10 +62,20 @@ def main() -> None:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        click.echo(f"error: no space left on the disk ({e.filename or 'output'}): free some and "
-                   "run the same command again; finished units are kept", err=True)  # fmt: skip
+        click.echo(f"error: no space left on the disk ({e.filename or 'output'}): free some"
+                   f"{_kept()}", err=True)  # fmt: skip
         code = 1
     sys.exit(code or 0)
+
+
+def _kept() -> str:
+    """What a command that ended in the middle has left, and how to go on; empty: nothing."""
+    command = next(iter(sys.argv[1:]), "")
+    if command in ("build", *STAGES):
+        return "; finished units are kept: run the same command to go on"
+    if command == "train":
+        return "; checkpoints written so far are kept: go on from the newest with --resume"
+    return ""
 
 
 @click.group(
@@ -125,11 +137,13 @@ def _source_options(command: F) -> F:
         [
             click.option("--repos", required=True, type=click.Path(path_type=Path),
                          help="List of repositories, one a line: URL, owner/name (GitHub), path or "
-                         "git bundle; # starts a comment."),
+                         "git bundle; # starts a comment. The dataset holds what its list says: "
+                         "data of repositories that are no longer listed are deleted."),
             click.option("--out", required=True, type=_DATASET,
                          help="Dataset: a folder, made when absent, or s3://bucket/prefix."),
             click.option("--limit", type=click.IntRange(1), default=None,
-                         help="Take only the first repositories of the list."),
+                         help="Take only the first repositories of the list; the others are not "
+                         "in the dataset, and deleted from it if they were."),
             click.option("--update", is_flag=True,
                          help="Pin the heads of all repositories anew."),
             click.option("--replace-recipe", is_flag=True,
@@ -318,15 +332,24 @@ def verify(data: AnyPath, sample: str, workers: int | None, as_json: bool) -> in
             click.echo(f"bad: {problem}", err=True)
         if len(result.problems) > 50:
             click.echo(f"… and {len(result.problems) - 50} more", err=True)
-        percent = 100 * result.proven / result.triples if result.triples else 100.0
-        click.echo(
-            f"{result.proven:,} of {result.triples:,} triples proven ({percent:.2f} %), "
-            f"{result.complete:,} by their patch alone; {result.files:,} files checked, "
-            f"{len(result.problems):,} problems"
-        )
+        if result.remedy:
+            click.echo(f"to mend files: {result.remedy}", err=True)
+        found = len(result.problems)
+        problems = "1 problem" if found == 1 else f"{found:,} problems"
+        click.echo(f"{_proof(result)}; {result.files:,} files checked, {problems}")
         if git_sample:
             click.echo(f"git itself: {result.git_agreed:,} of {result.git_checked:,} triples")
     return 1 if result.problems else 0
+
+
+def _proof(result: Verification) -> str:
+    if not result.triples:
+        return "no triples to prove: none was mined"
+    percent = 100 * result.proven / result.triples
+    return (
+        f"{result.proven:,} of {result.triples:,} triples proven ({percent:.2f} %), "
+        f"{result.complete:,} by their patch alone"
+    )
 
 
 @cli.command(
@@ -337,6 +360,7 @@ Examples:
   codeflow show data/ 41f0            a triple or a document, by the start of its id
   codeflow show data/ row:0           the first packed row
   codeflow show data/ decisions       every drop with its reason
+  codeflow show data/ rejects         kept triples that gave no document, and why
   codeflow show data/ recipe          the recipe it was made with
   codeflow show recipe > my.toml      the built-in recipe: every setting, its meaning and source
   codeflow show recipe --recipe pipelines/quickstart.toml --set pack.length=65536
@@ -515,7 +539,7 @@ def _build(
     run = RunOptions(workers=workers or _cores(), **options)
     chosen = _resolve_recipe(root, recipe_path, overrides)
     if dry_run:
-        return _print_plan(root, chosen, sources, until, as_json)
+        return _print_plan(root, chosen, sources, run, until, as_json)
     dataset = Dataset.open(root) if sources is None else Dataset.create(root)
     listed = len(sources if sources is not None else dataset.stored_sources() or [])
     with contextlib.closing(make_progress(quiet or as_json)) as progress:
@@ -523,15 +547,15 @@ def _build(
         result = build(root, chosen, sources, progress, run, until)
     summary = summarize(dataset, chosen)
     if as_json:
-        units = {"units_run": result.ran, "units_skipped": result.skipped}
-        click.echo(json.dumps(summary.as_json() | units))
+        tally = {"units_run": result.ran, "units_skipped": result.skipped}
+        click.echo(json.dumps(summary.as_json() | tally))
         return result.exit_code
     if result.ran == 0:
         click.echo(f"nothing to do: all {result.skipped} units are up to date", err=True)
     click.echo(render(summary, chosen))
     if result.quarantined:
-        click.echo(f"{len(result.quarantined)} units failed; once the cause is gone: same command "
-                   "with --failed", err=True)  # fmt: skip
+        units = "1 unit" if len(result.quarantined) == 1 else f"{len(result.quarantined):,} units"
+        click.echo(f"{units} failed; once the cause is gone: same command with --failed", err=True)
     if until == "pack":
         click.echo(f"next: codeflow verify {root}   codeflow show {root} row:0   "
                    f"codeflow train --shards {root} --out run/")  # fmt: skip
@@ -543,25 +567,35 @@ def _resolve_recipe(root: AnyPath, path: Path | None, overrides: tuple[str, ...]
     from codeflow.dataset import Dataset
     from codeflow.recipe import load_recipe, override_recipe
 
-    if path is None and (root / "codeflow.json").exists():
+    if path is None and Dataset.exists(root):
         stored = Dataset.open(root).stored_recipe()
         if stored is not None:
             return override_recipe(stored, overrides)
     return load_recipe(path, overrides)
 
 
-def _print_plan(root: AnyPath, recipe: Recipe, sources: Any, until: str, as_json: bool) -> int:
-    from codeflow.pipeline import plan
+def _print_plan(
+    root: AnyPath, recipe: Recipe, sources: Any, run: RunOptions, until: str, as_json: bool
+) -> int:
+    import dataclasses
+
+    from codeflow.pipeline import plan, some_names
     from codeflow.steps import STEPS
 
-    steps = plan(root, recipe, sources)
+    planned = plan(root, recipe, sources, run)
     last = max(i for i, s in enumerate(STEPS) if s.stage == until)
-    steps = {s.name: steps[s.name] for s in STEPS[: last + 1]}
+    planned = dataclasses.replace(
+        planned, steps={s.name: planned.steps[s.name] for s in STEPS[: last + 1]}
+    )
     if as_json:
-        click.echo(json.dumps({n: {"to_run": t, "done": d} for n, (t, d) in steps.items()}))
+        click.echo(json.dumps(dataclasses.asdict(planned)))
         return 0
-    for name, (todo, done) in steps.items():
-        click.echo(f"{name:<10} {todo:>6} to run {done:>6} done")
+    for name, step in planned.steps.items():
+        bound = "" if step.bound == "exactly" else step.bound
+        click.echo(f"{name:<10} {bound:>7} {step.to_run:>6} to run {step.done:>6} done")
+    for names, what in ((planned.added, "added"), (planned.removed, "removed with all their data")):
+        if names:
+            click.echo(f"repositories {what}: {len(names):,} ({some_names(names)})")
     return 0
 
 

@@ -18,7 +18,8 @@ A dataset is a local folder or a prefix of an object store; both look the same i
 Commit protocol: a unit writes its files under temporary names, renames each to a name that holds
 the unit's fingerprint, then writes its marker, atomically. Only files named by a marker exist for
 readers, so a killed worker leaves nothing that counts, and the same unit done twice is the same
-bytes under the same name.
+bytes under the same name. A marker whose files are gone does not count either: the unit is done
+again.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _REQUESTS = 16  # to an object store at a time
+_BESIDE_SHARDS = ("shards/manifest.json", "shards/tokenizer.json")  # under fixed names, for readers
 
 
 @dataclass(frozen=True)
@@ -102,22 +104,45 @@ class Dataset:
         Raises:
             DatasetError: The folder holds something else, or cannot be written.
         """
-        if (root / "codeflow.json").exists():
-            return cls.open(root)
+        found = cls.find(root)
+        if found is not None:
+            return found
+        marker = json.dumps({"format": "codeflow-dataset", "format_version": FORMAT_VERSION})
         try:
-            stranger = _stranger(root)
-            if stranger is not None:
-                raise DatasetError(
-                    f"{root} is not a codeflow dataset and not empty (it holds `{stranger}`): "
-                    "name an empty or new folder with --out"
-                )
-            marker = json.dumps({"format": "codeflow-dataset", "format_version": FORMAT_VERSION})
             write_atomically(root / "codeflow.json", marker.encode() + b"\n")
-        except FileExistsError as e:
-            raise DatasetError(f"{root} is a file: name a folder with --out") from e
         except OSError as e:
             raise DatasetError(f"cannot write to {root}: {e.strerror}") from e
         return cls(root)
+
+    @classmethod
+    def find(cls, root: AnyPath) -> Dataset | None:
+        """Open a dataset; None where there is none and nothing that is in the way of one.
+
+        Raises:
+            DatasetError: The folder holds something else, or cannot be read.
+        """
+        if cls.exists(root):
+            return cls.open(root)
+        if isinstance(root, Path) and root.is_file():
+            raise DatasetError(f"{root} is a file: name a folder with --out")
+        with _permitted(root):
+            stranger = _stranger(root)
+        if stranger is not None:
+            raise DatasetError(
+                f"{root} is not a codeflow dataset and not empty (it holds `{stranger}`): "
+                "name an empty or new folder with --out"
+            )
+        return None
+
+    @staticmethod
+    def exists(root: AnyPath) -> bool:
+        """Is there a dataset?
+
+        Raises:
+            DatasetError: The folder cannot be looked into.
+        """
+        with _permitted(root):
+            return (root / "codeflow.json").exists()
 
     @classmethod
     def open(cls, root: AnyPath) -> Dataset:
@@ -201,7 +226,9 @@ class Dataset:
             return None
         except (ValueError, TypeError, KeyError) as e:
             path = self._marker_path(step, unit)
-            raise DatasetError(f"{path} is damaged ({e}): delete it to redo that unit") from e
+            raise DatasetError(
+                f"{path} is damaged ({e}): delete it, then run {remake(self.root)}"
+            ) from e
 
     def markers(self, step: str) -> list[Marker]:
         """All markers of a step, by unit name."""
@@ -222,6 +249,20 @@ class Dataset:
     def forget(self, step: str, units: Iterable[str]) -> None:
         for unit in units:
             self._marker_path(step, unit).unlink(missing_ok=True)
+
+    def whole(self, markers: Iterable[Marker]) -> list[Marker]:
+        """Those of a step's markers whose files are all there, with their recorded sizes.
+
+        In an object store one listing a table answers for all units, and presence is enough: an
+        object is there whole or not at all.
+        """
+        markers = list(markers)
+        root = self.root
+        if isinstance(root, Path):
+            return [m for m in markers if all(_has_size(root, *f) for f in _expected(m))]
+        folders = {path.rpartition("/")[0] for m in markers for path, _ in _expected(m)}
+        listed = {relative_name(p, root) for f in sorted(folders) for p in files_below(root / f)}
+        return [m for m in markers if all(path in listed for path, _ in _expected(m))]
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -251,7 +292,7 @@ class Dataset:
     def sweep(self) -> None:
         """Delete what no marker names: leftovers of killed workers and of earlier recipes."""
         named = {f.path for m in self.all_markers() for f in m.files}
-        named |= {"shards/manifest.json", "shards/tokenizer.json"}
+        named |= set(_BESIDE_SHARDS)
         for folder in ("tables", "shards", "markers"):
             for path in files_below(self.root / folder):
                 stale = folder != "markers" and relative_name(path, self.root) not in named
@@ -327,10 +368,40 @@ def clones_folder(root: AnyPath) -> Path:
     return Path(cache) / "clones"
 
 
+def remake(root: AnyPath | str) -> str:
+    """The command that makes again what was deleted, and tries again what failed for its lack."""
+    return f"`codeflow pack {root} --failed`"
+
+
+@contextlib.contextmanager
+def _permitted(root: AnyPath) -> Iterator[None]:
+    """Turn the refusal of a folder into a sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise DatasetError(
+            f"cannot read {root}: {e.strerror}; get permission, or name another folder"
+        ) from e
+
+
+def _expected(marker: Marker) -> Iterator[tuple[str, int | None]]:
+    """The files of a unit and their sizes, None for those that the marker does not record."""
+    yield from ((f.path, f.bytes) for f in marker.files)
+    if any(f.table == "shards" for f in marker.files):
+        yield from ((path, None) for path in _BESIDE_SHARDS)
+
+
+def _has_size(root: Path, path: str, size: int | None) -> bool:
+    try:
+        found = os.stat(f"{root}/{path}").st_size
+    except OSError:
+        return False
+    return size is None or found == size
+
+
 def _stranger(root: AnyPath) -> str | None:
-    """Name of something in a folder that is to become a dataset, None when it is empty."""
+    """Name of something in a folder that is to become a dataset, None when it is empty or new."""
     if not isinstance(root, Path):
         return next((relative_name(p, root) for p in files_below(root)), None)
-    root.mkdir(parents=True, exist_ok=True)
-    names = sorted(p.name for p in root.iterdir())
+    names = sorted(p.name for p in root.iterdir()) if root.exists() else []
     return next((n for n in names if ".tmp-" not in n and n != ".lock"), None)

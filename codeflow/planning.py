@@ -7,6 +7,7 @@ settings its step uses, and the step's version. Nothing else may influence what 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from codeflow.dataset import Dataset, Marker
 from codeflow.errors import RecipeError
 from codeflow.recipe import Recipe, digest
 from codeflow.steps import ALL, STEPS, Step
+
+Known = Mapping[str, Sequence[Marker]]  # markers by step, in unit order
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Planned:
 
 
 def plan_step(
-    dataset: Dataset, recipe: Recipe, sources: list[dict[str, Any]], step: Step
+    known: Known, recipe: Recipe, sources: list[dict[str, Any]], step: Step
 ) -> list[Planned]:
     """The units of a step, from the markers of the steps it needs.
 
@@ -36,7 +39,7 @@ def plan_step(
     """
     settings = recipe.part(step.settings) | _file_hashes(recipe, step)
     base = [step.name, step.version, settings]
-    upstream = {need: _by_repository(dataset, need, sources) for need in step.needs}
+    upstream = {need: _by_repository(known, need, sources) for need in step.needs}
     if step.scope == "dataset":
         return [
             _planned(ALL, base, {}, [m for n in upstream.values() for ms in n.values() for m in ms])
@@ -91,13 +94,13 @@ def _planned(unit: str, base: list[Any], facts: dict[str, Any], markers: list[Ma
 
 
 def _by_repository(
-    dataset: Dataset, step_name: str, sources: list[dict[str, Any]]
+    known: Known, step_name: str, sources: list[dict[str, Any]]
 ) -> dict[str, list[Marker]]:
     """Finished units of a step by repository (`all` for a dataset-wide one), in source order."""
     step = next(s for s in STEPS if s.name == step_name)
     names = [s["repo_id"] for s in sources] if step.scope != "dataset" else [ALL]
     result: dict[str, list[Marker]] = {name: [] for name in names}
-    for marker in dataset.markers(step_name):
+    for marker in known[step_name]:
         repo = marker.unit.rpartition(".")[0] if step.scope == "slice" else marker.unit
         if marker.status == "done" and repo in result:
             result[repo].append(marker)
@@ -117,3 +120,44 @@ def _file_hashes(recipe: Recipe, step: Step) -> dict[str, str]:
 
 def is_done(marker: Marker | None, planned: Planned) -> bool:
     return marker is not None and marker.fingerprint == planned.fingerprint
+
+
+def units_to_run(
+    dataset: Dataset,
+    planned: Iterable[Planned],
+    markers: Iterable[Marker],
+    retry_failed: bool = False,
+) -> list[Planned]:
+    """Those of a step's units that no marker covers, or whose files are gone.
+
+    Args:
+        retry_failed: Count units that were quarantined, too.
+    """
+    found = {m.unit: m for m in dataset.whole(markers) if m.status == "done" or not retry_failed}
+    return [p for p in planned if not is_done(found.get(p.unit), p)]
+
+
+def out_of_date(
+    dataset: Dataset, recipe: Recipe, sources: list[dict[str, Any]], known: Known
+) -> list[Step]:
+    """The steps that left something which this recipe and these sources would make anew.
+
+    A step after one that would run counts, too: what it would read cannot be known before.
+    """
+    current: set[str] = set()
+    for step in STEPS:
+        if current.issuperset(step.needs) and _is_current(dataset, recipe, sources, known, step):
+            current.add(step.name)
+    return [step for step in STEPS if known[step.name] and step.name not in current]
+
+
+def _is_current(
+    dataset: Dataset, recipe: Recipe, sources: list[dict[str, Any]], known: Known, step: Step
+) -> bool:
+    try:
+        planned = plan_step(known, recipe, sources, step)
+    except RecipeError:  # a vocabulary file that is gone says nothing about what was made from it
+        return True
+    markers = known[step.name]
+    obsolete = {m.unit for m in markers} - {p.unit for p in planned}
+    return not obsolete and not units_to_run(dataset, planned, markers)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from codeflow.dataset import Dataset, Marker
+from codeflow.dataset import Dataset, Marker, remake
 from codeflow.errors import DatasetError
 from codeflow.exec import Limits, Outcome, Unit, make_executor
 from codeflow.storage import absolute, sha256_of
@@ -25,6 +25,7 @@ class Verification:
         problems: One sentence each: which file or triple, and what.
         git_checked: Triples of the sample that the git command replayed.
         git_agreed: Those where it came to R_new, too.
+        remedy: How to get damaged or missing files again; empty when there are none.
     """
 
     files: int
@@ -34,6 +35,7 @@ class Verification:
     problems: tuple[str, ...]
     git_checked: int = 0
     git_agreed: int = 0
+    remedy: str = ""
 
 
 def verify(
@@ -55,6 +57,7 @@ def verify(
             what = "is missing" if found is None else "has changed since it was written"
             problems.append(f"{file.path} {what}")
     problems += _check_shards(dataset)
+    remedy = _remedy(dataset) if problems else ""
     mined = [m for m in markers if m.step == "mine"]
     with make_executor(executor, workers, Limits()) as running:
         units = [_unit(dataset, m, "codeflow.mine.replay:verify_repository") for m in mined]
@@ -74,6 +77,14 @@ def verify(
         problems=tuple(problems),
         git_checked=sum(r["checked"] for r in by_git),
         git_agreed=sum(r["agreed"] for r in by_git),
+        remedy=remedy,
+    )
+
+
+def _remedy(dataset: Dataset) -> str:
+    return (
+        f"delete the files below {dataset.root} that are damaged, then run "
+        f"{remake(dataset.root)}: it makes what is missing again"
     )
 
 

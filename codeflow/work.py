@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from codeflow.dataset import DataFile, Dataset, Marker
+from codeflow.dataset import DataFile, Dataset, Marker, remake
 from codeflow.errors import DatasetError
 from codeflow.recipe import recipe_from_mapping
 from codeflow.storage import AnyPath, ObjectPath, parse_root, relative_name, writing
@@ -140,10 +140,16 @@ def _blaming(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as e:
-        advice = "delete it and its marker, then run the build again"
-        if isinstance(path, ObjectPath):
-            advice = "run the command again; if it stays so, delete the object and its marker"
-        raise DatasetError(f"{path} cannot be read ({e}): {advice}") from e
+        raise DatasetError(f"{path} cannot be read ({e}): {_remedy(path)}") from e
+
+
+def _remedy(path: AnyPath) -> str:
+    """How to get a file of a dataset again: a unit whose file is gone is not done."""
+    folder = "/shards/" if path.name.startswith("shard-") else "/tables/"
+    command = remake(str(path).rpartition(folder)[0])
+    if isinstance(path, ObjectPath):
+        return f"run the command again; if it stays so, delete the object, then run {command}"
+    return f"delete it, then run {command}" if path.exists() else f"run {command}"
 
 
 def run_unit(args: dict[str, Any]) -> dict[str, Any]:

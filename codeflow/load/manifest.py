@@ -20,6 +20,8 @@ FORMAT = "codeflow-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
+_HINT = "Give a dataset folder in which `codeflow pack` has finished."
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -83,14 +85,20 @@ def read_manifest(path: str | Path) -> Manifest:
         ShardError: No manifest there, another format or a newer version of it, a field missing or
             inconsistent, a shard missing or of another size.
     """
-    file = _locate(Path(path))
+    try:
+        return _read(_locate(Path(path)))
+    except PermissionError as e:  # of looking for a file in a closed folder
+        raise ShardError(f"{e.filename or path}: no permission to read it") from e
+
+
+def _read(file: Path) -> Manifest:
     try:
         raw = file.read_bytes()
         content = json.loads(raw)
     except (OSError, ValueError) as e:
         raise ShardError(f"{file}: cannot be read as a manifest: {e}") from e
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ShardError(f'{file}: not a manifest of shards (no `"format": "{FORMAT}"`)')
+        raise ShardError(f'{file}: not a manifest of shards (no `"format": "{FORMAT}"`). {_HINT}')
     version = content.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ShardError(
@@ -111,10 +119,7 @@ def _locate(path: Path) -> Path:
     for candidate in [path] if path.is_file() else candidates:
         if candidate.is_file():
             return candidate
-    raise ShardError(
-        f"{path}: no {MANIFEST_NAME} here nor in {path / 'shards'}. "
-        "Give a dataset folder in which `codeflow pack` has finished."
-    )
+    raise ShardError(f"{path}: no {MANIFEST_NAME} here nor in {path / 'shards'}. {_HINT}")
 
 
 def _parse(content: dict[str, Any], folder: Path, sha256: str) -> Manifest:

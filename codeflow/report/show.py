@@ -18,13 +18,16 @@ def show(dataset: Dataset, wanted: str) -> str:
     """Find an item by id (a unique prefix will do) and describe it.
 
     Args:
-        wanted: A repository id or name, a triple id, a document id, `row:N`, or `decisions`.
+        wanted: A repository id or name, a triple id, a document id, `row:N`, `decisions` or
+            `rejects`.
 
     Raises:
         UsageError: Nothing, or more than one thing, has that id.
     """
     if wanted == "decisions":
         return _decisions(dataset)
+    if wanted == "rejects":
+        return _rejects(dataset)
     if wanted.startswith("row:"):
         return _row(dataset, wanted.removeprefix("row:"))
     found: list[tuple[str, str]] = []
@@ -43,7 +46,7 @@ def show(dataset: Dataset, wanted: str) -> str:
     if not found:
         raise UsageError(
             f"nothing in {dataset.root} has the id `{wanted}`: give (the start of) a repository, "
-            "triple or document id, `row:N`, `recipe` or `decisions`"
+            "triple or document id, `row:N`, `recipe`, `decisions` or `rejects`"
         )
     if len(found) > 1:
         some = ", ".join(f"{name} ({table[:-1]})" for table, name in found[:5])
@@ -130,6 +133,14 @@ def _decisions(dataset: Dataset) -> str:
     rows.sort(key=lambda d: (d["stage"], d["reason"], d["triple_id"]))
     lines = [f"{'triple':<17} {'stage':<7} {'reason':<17} detail"]
     lines += [f"{d['triple_id']:<17} {d['stage']:<7} {d['reason']:<17} {d['detail']}" for d in rows]
+    return "\n".join(map(printable, lines))
+
+
+def _rejects(dataset: Dataset) -> str:
+    rows = dataset.read("rejects").to_pylist()
+    rows.sort(key=lambda r: (r["reason"], r["triple_id"]))
+    lines = [f"{'triple':<17} {'reason':<17} detail"]
+    lines += [f"{r['triple_id']:<17} {r['reason']:<17} {r['detail']}" for r in rows]
     return "\n".join(map(printable, lines))
 
 

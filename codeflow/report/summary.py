@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from codeflow.dataset import Dataset
+from codeflow.planning import out_of_date
 from codeflow.recipe import Recipe
-from codeflow.steps import STEPS
+from codeflow.steps import STAGES, STEPS
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The funnel of a dataset.
+    """The funnel of a dataset: what its present recipe and repositories made of it.
 
     Attributes:
         repositories: Listed / mined / skipped (with reason) / failed (with reason).
@@ -21,6 +22,9 @@ class Summary:
         rejected: Kept triples that gave no document, by reason.
         fill: Used part of the packed rows, 0-1.
         bytes: Size of all committed files.
+        stages: What the numbers tell of; those of other stages are 0.
+        out_of_date: Stages whose files are of an earlier recipe or list, or not finished.
+        update: The command that brings them up to date, empty when none is out of date.
     """
 
     folder: str
@@ -42,37 +46,45 @@ class Summary:
     vocab_size: int
     tokens: int
     rows: int
+    row_length: int
     fill: float
     shards: int
     bytes: int
     stages: tuple[str, ...] = field(default=())
+    out_of_date: tuple[str, ...] = field(default=())
+    update: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def summarize(dataset: Dataset, recipe: Recipe) -> Summary:
-    """Add up the counts of all finished units."""
+    """Add up the counts of all finished units, of the steps that are up to date."""
     counts: dict[str, Counter[str]] = {step.name: Counter() for step in STEPS}
     failed: dict[str, str] = {}
     size = 0
     done = set()
-    for marker in dataset.all_markers():
-        if marker.status != "done":
-            failed[f"{marker.step} {marker.unit}"] = marker.reason
-            continue
-        done.add(marker.step)
-        counts[marker.step].update(marker.counts)
-        size += sum(f.bytes for f in marker.files)
+    sources = dataset.stored_sources() or []
+    known = {step.name: dataset.markers(step.name) for step in STEPS}
+    stale = dict.fromkeys(step.stage for step in out_of_date(dataset, recipe, sources, known))
+    for step in STEPS:
+        for marker in known[step.name]:
+            size += sum(f.bytes for f in marker.files)
+            if step.stage in stale:
+                continue
+            if marker.status != "done":
+                failed[f"{marker.step} {marker.unit}"] = marker.reason
+                continue
+            done.add(step.stage)
+            counts[step.name].update(marker.counts)
     survey, mine, decide = counts["survey"], counts["mine"], counts["decide"]
     compose, pack = counts["compose"], counts["pack"]
-    listed = len(dataset.stored_sources() or [])
     capacity = pack["capacity"]
     return Summary(
         folder=str(dataset.root),
         recipe=recipe.name,
         recipe_hash=recipe.hash,
-        repositories=listed,
+        repositories=len(sources),
         mined=survey["mined"],
         skipped=_with_prefix(survey, "skipped_"),
         failed=failed,
@@ -88,28 +100,23 @@ def summarize(dataset: Dataset, recipe: Recipe) -> Summary:
         vocab_size=counts["tokenizer"]["vocab_size"],
         tokens=pack["tokens"],
         rows=pack["rows"],
+        row_length=capacity // pack["rows"] if capacity else 0,
         fill=pack["tokens"] / capacity if capacity else 0.0,
         shards=pack["shards"],
         bytes=size,
-        stages=tuple(dict.fromkeys(s.stage for s in STEPS if s.name in done)),
+        stages=tuple(stage for stage in STAGES if stage in done),
+        out_of_date=tuple(stale),
+        update=_update(dataset, tuple(stale)),
     )
 
 
 def render(s: Summary, recipe: Recipe) -> str:
     """The summary for a person."""
-    lines = [
-        f"{s.folder} · recipe {s.recipe}@{s.recipe_hash[:8]}",
-        _row(
-            "repositories", f"{s.mined} mined of {s.repositories}", _reasons(s.skipped, "skipped ")
-        ),
-        _row(
-            "commits",
-            f"{s.commits:,} mined",
-            f"{100 * recipe.mine.window_from:.0f}-{100 * recipe.mine.window_to:.0f} % of "
-            f"{s.mainline_commits:,} mainline steps, their branches included",
-        ),
-        _row("triples", f"{s.triples:,} found", "each replayed: R_old + P = R_new"),
-    ]
+    lines = [f"{s.folder} · recipe {s.recipe}@{s.recipe_hash[:8]}"]
+    if "mine" in s.out_of_date:
+        lines.append(_row("repositories", f"{s.repositories} listed", ""))
+    else:
+        lines += _mined(s, recipe)
     if "filter" in s.stages:
         lines.append(_row("", f"{s.kept:,} kept", ""))
         dropped = sum(s.dropped.values())
@@ -121,7 +128,7 @@ def render(s: Summary, recipe: Recipe) -> str:
             lines.append(_row("", f"{sum(s.rejected.values()):,} rejected", _reasons(s.rejected)))
     if "pack" in s.stages:
         lines.append(_row("tokens", f"{s.tokens:,}", f"vocabulary of {s.vocab_size:,}"))
-        length = f"{recipe.pack.length:,} tokens each, {100 * s.fill:.2f} % filled"
+        length = f"{s.row_length:,} tokens each, {100 * s.fill:.2f} % filled"
         lines.append(_row("rows", f"{s.rows:,}", length))
         files = f"{s.shards} file{'s' if s.shards != 1 else ''}"
         lines.append(
@@ -129,7 +136,28 @@ def render(s: Summary, recipe: Recipe) -> str:
         )
     for unit, reason in sorted(s.failed.items()):
         lines.append(f"  failed: {unit}: {reason}")
+    if s.out_of_date:
+        lines.append(f"  out of date: {', '.join(s.out_of_date)}: run `{s.update}`")
     return "\n".join(lines)
+
+
+def _mined(s: Summary, recipe: Recipe) -> list[str]:
+    window = f"{100 * recipe.mine.window_from:.0f}-{100 * recipe.mine.window_to:.0f} %"
+    steps = f"{window} of {s.mainline_commits:,} mainline steps, their branches included"
+    mined = f"{s.mined} mined of {s.repositories}"
+    return [
+        _row("repositories", mined, _reasons(s.skipped, "skipped ")),
+        _row("commits", f"{s.commits:,} mined", steps),
+        _row("triples", f"{s.triples:,} found", "each replayed: R_old + P = R_new"),
+    ]
+
+
+def _update(dataset: Dataset, stale: tuple[str, ...]) -> str:
+    """The command of the last stage that is out of date; it runs the stages before, too."""
+    if not stale:
+        return ""
+    # `mine` wants the list of repositories again; later stages take the dataset's own.
+    return f"codeflow {'pack' if stale[-1] == 'mine' else stale[-1]} {dataset.root}"
 
 
 def _with_prefix(counts: Counter[str], prefix: str) -> dict[str, int]:

@@ -20,10 +20,12 @@ from codeflow.train.trainer import run
 
 _EXAMPLES = """examples:
   python -m codeflow.train --shards data/ --out run/ --steps 300
-  python -m codeflow.train --recipe pipelines/train-stages.toml --out run/ --dry-run
-  python -m codeflow.train --recipe pipelines/train-stages.toml --out run/
-  python -m codeflow.train --recipe pipelines/train-stages.toml --out run/ --resume
+  python -m codeflow.train --recipe stages.toml --out run/ --dry-run
+  python -m codeflow.train --recipe stages.toml --out run/
+  python -m codeflow.train --recipe stages.toml --out run/ --resume
   torchrun --nproc-per-node 2 -m codeflow.train --shards data/ --out run/ --size 1.2b
+
+stages.toml is your copy of pipelines/train-stages.toml, with your own data in its `shards` lines.
 """
 
 

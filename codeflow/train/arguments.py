@@ -19,7 +19,7 @@ def evaluation(prog: str = "python -m codeflow.train.evaluate") -> argparse.Argu
         prog=prog,
         description="Loss of a model on packed shards, by kind of document and role of segment.",
         epilog=f"""examples:
-  {prog} run/ --shards data/ --holdout 0.05      what a run with train.holdout=0.05 left out
+  {prog} run/ --shards data/                     the rows that the run did not train on
   {prog} run/checkpoints/step-00000100 --shards other/ --all --rows 100 --json""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -29,9 +29,9 @@ def evaluation(prog: str = "python -m codeflow.train.evaluate") -> argparse.Argu
     which.add_argument(
         "--holdout",
         type=float,
-        default=0.05,
         metavar="SHARE",
-        help="the held-out rows of a training run with this share (default: 0.05)",
+        help="rows that a run with train.holdout=SHARE leaves out; no more than the model's own "
+        "run did (default: as many; all rows where none were, or where that is not known)",
     )
     which.add_argument("--all", action="store_true", help="all rows, trained on or not")
     parser.add_argument("--rows", type=_positive, metavar="N", help="no more than N rows")
@@ -78,11 +78,11 @@ def conversion(prog: str = "python -m codeflow.train.hf") -> argparse.ArgumentPa
         help="a checkpoint for transformers or vLLM",
         description="Write a checkpoint as a folder that transformers or vLLM loads.",
         epilog=f"""examples:
-  {prog} export run/checkpoints/step-00000300 model/
+  {prog} export run/ model/                       its newest checkpoint
   {prog} export run/checkpoints/step-00000300 model/ --target vllm --dtype bfloat16""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument("checkpoint", help="folder with config.json and model.safetensors")
+    out.add_argument("checkpoint", help="folder with config.json and weights, or of a training run")
     out.add_argument("out", help="folder to make")
     out.add_argument("--target", choices=TARGETS, default="transformers")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

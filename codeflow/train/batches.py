@@ -59,7 +59,7 @@ def batches(
                 for i in range(0, len(taken), micro_rows)
             ],
             rows=taken,
-            counts=parallel.total(torch.tensor(counts, device=world.device), world),
+            counts=parallel.total(to_device(torch.tensor(counts), world.device), world),
             epoch=epoch,
             loader=stream.state_dict(),
         )

@@ -1,10 +1,10 @@
-"""Checkpoints: written whole or not at all, resumed bit for bit, on any number of processes.
+"""Checkpoints: written whole or not at all, resumed on any number of processes, on one bit for bit.
 
 A checkpoint is a folder `step-00000200` with `model.safetensors`, `config.json` and the data's
-tokenizer, for other tools, and `state.pt` (optimizer, random state, counters, the sha256 of the
-weights), which only resuming needs. It is written under a temporary name, flushed to disk and
-renamed, so a killed run leaves the previous one valid; the price is room for one more checkpoint
-than are kept.
+tokenizer, for other tools, `trained_on.json`, and `state.pt` (optimizer, random state, counters,
+the sha256 of the weights), which only resuming needs. It is written under a temporary name, flushed
+to disk and renamed, so a killed run leaves the previous one valid; the price is room for one more
+checkpoint than are kept.
 
 Weights and optimizer state are stored whole and by parameter name, whether the run was sharded or
 not. Rank 0 gathers, writes and reads them: its host needs 12 bytes per parameter with AdamW.
@@ -34,14 +34,37 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from codeflow.errors import UsageError
+from codeflow.train import trained_on
 from codeflow.train.config import ModelConfig
 from codeflow.train.errors import CheckpointError
-from codeflow.train.hf import read_hf_config, to_hf
+from codeflow.train.hf_config import read_hf_config, to_hf
 from codeflow.train.model import LoopCoder
 from codeflow.train.parallel import World, from_all_ranks, from_rank_0
+from codeflow.train.trained_on import TrainedOn
 
 _PARTS = {"optimizer", "random", "state", "weights"}
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+def make_run_folder(out: Path, world: World) -> None:
+    """Make the folder of a run, before minutes go into what could not be kept; every rank calls.
+
+    Raises:
+        UsageError: It cannot be written to.
+    """
+    problem = ""
+    if world.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
+                problem = "no permission to write there"
+        except (FileExistsError, NotADirectoryError):
+            problem = "there is a file where a folder is needed"
+        except OSError as e:
+            problem = f"cannot be made: {e.strerror or e}"
+    if problem := from_rank_0(problem, world):
+        raise UsageError(f"--out {out}: {problem}; name another folder")
 
 
 def save(
@@ -54,6 +77,7 @@ def save(
     keep: int,
     world: World,
     tokenizer: Path | None = None,
+    data: Sequence[TrainedOn] = (),
 ) -> Path:
     """Write `out/step-…` atomically and delete all but the newest `keep` checkpoints.
 
@@ -69,6 +93,7 @@ def save(
         keep: Checkpoints to keep, at least 1.
         world: The processes; the random state of each is saved.
         tokenizer: A `tokenizer.json` to put beside the weights, where there is such a file.
+        data: What the model was trained on so far.
 
     Raises:
         CheckpointError: The disk refuses.
@@ -83,7 +108,7 @@ def save(
     problem = ""
     if world.rank == 0:
         try:
-            _write(out, step, model.config, weights, content, keep, tokenizer)
+            _write(out, step, model.config, weights, content, keep, tokenizer, data)
         except CheckpointError as e:
             problem = str(e)
     if problem := from_rank_0(problem, world):
@@ -174,6 +199,7 @@ def _write(
     content: Mapping[str, Any],
     keep: int,
     tokenizer: Path | None,
+    data: Sequence[TrainedOn],
 ) -> None:
     final = _folder(out, step)
     temporary = out / f"tmp-{final.name}"
@@ -192,6 +218,7 @@ def _write(
         torch.save({**content, "weights": sha256}, temporary / "state.pt")
         if tokenizer is not None and tokenizer.is_file():
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+        trained_on.write(temporary, data)
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)

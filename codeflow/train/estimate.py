@@ -117,7 +117,7 @@ def shards(run: Run, gpu_memory: int, world_size: int) -> bool:
 
 
 def choose_checkpointing(run: Run, gpu_memory: int | None, world_size: int) -> str:
-    """`train.checkpointing`, with `auto` decided: `full` only where `none` does not fit.
+    """`train.checkpointing`, with `auto` decided: what computes least again and fits.
 
     Args:
         run: The run.
@@ -129,7 +129,10 @@ def choose_checkpointing(run: Run, gpu_memory: int | None, world_size: int) -> s
     if gpu_memory is None:
         return "none"
     sharding = world_size if shards(run, gpu_memory, world_size) else 1
-    return "none" if _fits(_memory(run, "none", sharding), gpu_memory) else "full"
+    # Where flex keeps its results is out of a policy's sight, so it would compute them again.
+    kept = ("none",) if run.train.backend == "flex" else ("none", "save_attention")
+    fitting = (p for p in kept if _fits(_memory(run, p, sharding), gpu_memory))
+    return next(fitting, "full")
 
 
 def render(result: Estimate) -> str:
@@ -157,7 +160,8 @@ def render(result: Estimate) -> str:
     ]
     lines += [
         f"  {'total':<13} {_gigabytes(result.memory_total):>9} of "
-        f"{_gigabytes(result.gpu_memory)}: {'fits' if result.fits else 'does NOT fit'}"
+        f"{_gigabytes(result.gpu_memory)}: {'fits' if result.fits else 'does NOT fit'} "
+        f"(a plan may fill {USABLE:.0%} of it, {_gigabytes(round(USABLE * result.gpu_memory))})"
     ]
     return "\n".join([*lines, result.advice] if result.advice else lines)
 

@@ -30,9 +30,11 @@ from codeflow.errors import CodeflowError, ShardError, UsageError
 from codeflow.load import Manifest, PackedRow, Segments, ShardDataset, read_manifest
 from codeflow.train.arguments import evaluation
 from codeflow.train.attention import Documents
-from codeflow.train.inference import open_model
+from codeflow.train.inference import open_model, weights_folder
 from codeflow.train.loss import IGNORE, log_probabilities
 from codeflow.train.model import LoopCoder
+from codeflow.train.trained_on import held_out
+from codeflow.train.vocabulary import require_same_tokens
 
 _NO_ROLE = ""  # of documents without segments; packers name all roles
 
@@ -111,6 +113,26 @@ class Evaluation:
         if self.bits_per_byte is not None:
             metrics["eval/bits_per_byte"] = self.bits_per_byte
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The rows that a command line evaluates, and what they are to the model.
+
+    Attributes:
+        share: Of the rows, those that a run with this `holdout` leaves out; None for all rows.
+        held_out: Whether the model was trained on none of them; None where that is not known.
+        meaning: The same for a person.
+    """
+
+    share: float | None
+    held_out: bool | None
+    meaning: str
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """Arguments of `ShardDataset`."""
+        return {} if self.share is None else {"holdout": self.share, "part": "heldout"}
 
 
 @torch.no_grad()
@@ -234,8 +256,11 @@ def execute(options: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     try:
         manifest = read_manifest(options.shards)
-        part: dict[str, Any] = {"holdout": options.holdout, "part": "heldout"}
-        stream = ShardDataset(manifest, with_docs=True, **({} if options.all else part))
+        folder = weights_folder(Path(options.checkpoint))
+        kept = held_out(folder, manifest)
+        chosen = _chosen(kept if options.holdout is None else options.holdout, kept, options.all)
+        stream = ShardDataset(manifest, with_docs=True, **chosen.part)
+        require_same_tokens(folder, manifest, "Evaluate on data packed with the model's tokenizer.")
         model, device = open_model(options)
         if manifest.vocab_size > model.config.vocab_size:
             raise UsageError(
@@ -252,8 +277,40 @@ def execute(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(_as_json(result)) if options.json else table(result))
+    if options.json:
+        about = {"held_out": chosen.held_out, "share": chosen.share, "which": chosen.meaning}
+        print(json.dumps(_as_json(result) | about))
+    else:
+        print(f"{chosen.meaning}\n{table(result)}")
     return 0
+
+
+def _chosen(asked: float | None, kept: float | None, everything: bool) -> Chosen:
+    """What to evaluate on.
+
+    Args:
+        asked: Share of the rows.
+        kept: Share that the model was not trained on; None where that is not known.
+        everything: All rows, whatever was asked for.
+
+    Raises:
+        UsageError: More rows asked for than were held out.
+    """
+    share = None if everything or asked == kept == 0 else asked
+    rows = "all rows" if share is None else f"{share:.3g} of the rows"
+    if kept is None:
+        return Chosen(share, None, f"{rows}; whether the model was trained on them is not known")
+    if share is None:
+        trained = f"all but {kept:.3g} of them" if kept else "they"
+        return Chosen(None, False, f"{rows}, not held out: {trained} are the model's training data")
+    if share > kept:
+        few = f"{kept:.3g}" if kept else "none"
+        remedy = "Leave it out for these rows" if kept else "Set train.holdout in the next run"
+        raise UsageError(
+            f"--holdout {share:g}: the model's training held out {few} of these rows, the "
+            f"others are its training data. {remedy}, or take --all."
+        )
+    return Chosen(share, True, f"held out: {rows}, none of which the model was trained on")
 
 
 def table(result: Evaluation) -> str:

@@ -22,10 +22,18 @@ from codeflow.train.config import ModelConfig
 from codeflow.train.hf_config import read_hf_config, to_hf
 from codeflow.train.hf_export import export
 from codeflow.train.hf_weights import load_model, load_weights
+from codeflow.train.inference import weights_folder
 from codeflow.train.initialise import initialise_from
 from codeflow.train.model import LoopCoder
 
 __all__ = ["export", "initialise_from", "load_model", "load_weights", "read_hf_config", "to_hf"]
+
+_LOADED_BY = {
+    "transformers": "AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)",
+    "vllm": "vllm serve {out} --trust-remote-code",
+    "llama": "AutoModelForCausalLM.from_pretrained('{out}')",
+}
+_TRAINED_BY = "codeflow train --shards DATA --out RUN --set train.initialise_from={out}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,22 +44,33 @@ def main(arguments: list[str] | None = None) -> int:
 def execute(options: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     try:
-        out = _export(options) if options.command == "export" else _import(options)
+        if options.command == "export":
+            out, then = _export(options), _LOADED_BY[options.target]
+        else:
+            out, then = _import(options), _TRAINED_BY
     except CodeflowError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    print(out)
+    print(f"{out}\n{_described(out)}\nnext: {then.format(out=out)}")
     return 0
 
 
+def _described(folder: Path) -> str:
+    """Its files and their size, for a person."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 1e6:,.1f} MB in {', '.join(file.name for file in files)}"
+
+
 def _export(options: argparse.Namespace) -> Path:
+    checkpoint = weights_folder(Path(options.checkpoint))
     return export(
-        options.checkpoint,
+        checkpoint,
         options.out,
         target=options.target,
         shard_bytes=options.shard_bytes,
         dtype=getattr(torch, options.dtype),
-        tokenizer=options.tokenizer or _own_tokenizer(Path(options.checkpoint)),
+        tokenizer=options.tokenizer or _own_tokenizer(checkpoint),
     )
 
 

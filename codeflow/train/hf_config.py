@@ -40,9 +40,11 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     """The model of an HF `config.json`.
 
     Raises:
-        UsageError: No readable `config.json`, a field missing, or one that asks for mathematics
-            that this model does not have.
+        UsageError: No folder, no readable `config.json`, a field missing, or one that asks for
+            mathematics that this model does not have.
     """
+    if not Path(folder).is_dir():
+        raise UsageError(f"{folder}: no such folder")
     file = Path(folder) / "config.json"
     try:
         content = json.loads(file.read_text())

@@ -10,6 +10,7 @@ from typing import Any
 from codeflow.errors import UsageError
 from codeflow.train.arguments import END
 from codeflow.train.config import ModelConfig
+from codeflow.train.vocabulary import token_ids
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # around the turns of packed conversations
 CHAT_TEMPLATE = (
@@ -35,10 +36,7 @@ def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> dict[str,
         UsageError: No tokenizer there, or it has ids that the model lacks.
     """
     file = source / "tokenizer.json" if source.is_dir() else source
-    try:
-        ids = _ids(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f"{file}: cannot be read as a tokenizer.json: {e!r}") from e
+    ids = token_ids(file)
     if ids and max(ids.values()) >= config.vocab_size:
         raise UsageError(
             f"{file}: has token id {max(ids.values())}, the model's vocabulary {config.vocab_size}"
@@ -62,14 +60,6 @@ def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> dict[str,
     if content.get("chat_template") == CHAT_TEMPLATE:
         stops = [ids[end], ids[TURN_END]]  # an answer ends with its turn
     return {"eos_token_id": stops, "pad_token_id": ids.get(padding, ids[end])}
-
-
-def _ids(tokenizer: dict[str, Any]) -> dict[str | None, int]:
-    """Every token's id; a Unigram vocabulary is a list, of the others a dict."""
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}}
 
 
 def _settings(ids: dict[str | None, int], config: ModelConfig) -> dict[str, Any]:

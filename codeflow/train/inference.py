@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from codeflow.errors import UsageError
 from codeflow.train import checkpoint
 from codeflow.train.errors import CheckpointError
-from codeflow.train.hf import load_model
+from codeflow.train.hf_weights import load_model
 from codeflow.train.model import LoopCoder
 from codeflow.train.parallel import usable_device
 
@@ -31,8 +32,11 @@ def weights_folder(path: Path) -> Path:
     """The folder itself, or the newest checkpoint in the folder of a training run.
 
     Raises:
+        UsageError: No such folder.
         CheckpointError: A training run without a checkpoint.
     """
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder")
     if not (path / "checkpoints").is_dir():
         return path
     newest = checkpoint.latest(path / "checkpoints")

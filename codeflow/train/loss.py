@@ -17,6 +17,8 @@ from torch import Tensor
 
 IGNORE = -100
 
+_ROWS = 4096  # of a gradient that are in float32 at the same time
+
 
 def chunk_of(device: torch.device) -> int:
     """Tokens whose logits exist at the same time.
@@ -114,8 +116,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        scaled = d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss.to(d_weight.dtype)
-        return *scaled, None, None, None, None
+        return _scaled(d_hidden, d_loss), _scaled(d_weight, d_loss), None, None, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Their product, formed in float32: 1 / targets in bfloat16 is off by up to 0.4 %."""
+    result = torch.empty_like(gradient)
+    parts, products = torch.split(gradient, _ROWS), torch.split(result, _ROWS)
+    for part, product in zip(parts, products, strict=True):
+        torch.mul(part.float(), factor, out=product)
+    return result
 
 
 def _chunk_loss(

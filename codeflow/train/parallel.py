@@ -17,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,9 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 
 _REPLICA_BYTES = 16
 """Per parameter on every rank under DDP: weight, gradient and two moments of Adam, in float32."""
+
+_PATIENCE = timedelta(hours=2)
+"""Others wait for rank 0 while it draws, reads or writes the whole model: 480 GB at 40B."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,9 @@ def start(device: str) -> World:
     try:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-            dist.init_process_group("nccl", device_id=chosen)
+            dist.init_process_group("nccl", device_id=chosen, timeout=_PATIENCE)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=_PATIENCE)
     except (ValueError, dist.DistError) as e:
         raise UsageError(
             f"rank {rank} cannot reach the other {world_size - 1} processes: {e}. Start them with "
@@ -106,9 +110,14 @@ def usable_device(name: str, option: str = "train.device=") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros((), device=name).device
+        chosen = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as e:  # the latter: torch without CUDA
         raise UsageError(f"{option}{name}: not usable here: {e}") from e
+    if chosen.type == "cuda":
+        # cuDNN's attention makes a plan for each length that it meets, and keeps it: documents, and
+        # the caches of generation, have all lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return chosen
 
 
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:

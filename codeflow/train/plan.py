@@ -25,7 +25,7 @@ class MemoryPlan:
         gradients: Their gradients, this rank's share.
         optimizer: The optimizer's state, this rank's share.
         gathered: Whole weights of the layers at work when they are sharded, and the output layer's.
-        activations: What the forward pass keeps for the backward pass.
+        activations: What the forward pass keeps for the backward pass, cast weights included.
         loop_memory: Keys and values of the first loop and their gradients.
         workspace: Of one layer's backward pass, what is computed again included.
         loss: Logits of a chunk, and the gradient of the output layer.
@@ -77,13 +77,16 @@ def memory_plan(
     tables = head if config.tie_word_embeddings else 2 * head
     # Backward through the MLP: two gradients, and the four activations if they were not kept.
     wide = (2 if checkpointing == "none" else 6) * config.intermediate_size
+    # Autograd keeps the weights a loop was computed with, cast; sharded ones are gathered anew.
+    cast = checkpointing == "none" and b < FLOAT32 and world_size == 1
+    kept_weights = config.loop_num * b * parameter_count(config, embeddings=False) if cast else 0
     return MemoryPlan(
         weights=FLOAT32 * share,
         gradients=FLOAT32 * share,
         optimizer=optimizer_bytes * share,
         # The layer at work and the one fetched ahead of it; the embeddings stay whole.
         gathered=b * (tables + 2 * layer) if world_size > 1 else 0,
-        activations=tokens * _activations(config, checkpointing, b),
+        activations=tokens * _activations(config, checkpointing, b) + kept_weights,
         loop_memory=tokens * _loop_memory(config, b),
         workspace=tokens * b * (wide + 4 * h),
         # Logits and their softmax in float32; the head's gradient, its cast and one chunk's share.

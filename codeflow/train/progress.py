@@ -161,6 +161,7 @@ def introduce(run: Run, world: World, found: Path | None) -> None:
         say(
             f"stage {plan.stage.name}: {plan.steps:,} steps of {plan.batch_rows:,} rows, "
             f"{plan.epochs:.2f} epochs of {manifest.rows:,} rows ({manifest.tokens:,} tokens)"
+            + (f", {plan.holdout:.3g} of them held out" if plan.holdout else "")
         )
         if limit < manifest.length:
             say(f"rows are cropped to {limit:,} of up to {manifest.length:,} tokens")

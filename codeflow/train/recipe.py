@@ -47,8 +47,12 @@ class StageSettings:
         None, "wsd: the same in steps, and stronger.", unit="steps", minimum=1
     )
     decay_shape: str = setting("1-sqrt", "wsd: how it decays.", choices=("linear", "1-sqrt"))
-    holdout: float = setting(
-        0.0, "Share of the rows kept from training, for evaluation.", minimum=0, maximum=0.9
+    holdout: float | None = setting(
+        None,
+        "Share of the rows kept from training, for evaluation; unset: a twentieth, but no more "
+        "than 500 rows, and none of less than 50.",
+        minimum=0,
+        maximum=0.9,
     )
 
     def __post_init__(self) -> None:
@@ -133,7 +137,7 @@ class TrainConfig(StageSettings):
     )
     checkpointing: str = setting(
         "auto",
-        "Activations to compute again instead of keeping them; auto: full where memory needs it.",
+        "Activations to compute again instead of keeping them; auto: as few as memory allows.",
         choices=("auto", "none", "full", "save_attention"),
     )
     compile: bool = setting(False, "Compile the layers (minutes at the start, faster steps).")

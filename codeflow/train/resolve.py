@@ -14,9 +14,14 @@ from codeflow.settings import build, read_toml, to_mapping, with_overrides
 from codeflow.train.config import SIZES, ModelConfig
 from codeflow.train.hf import read_hf_config
 from codeflow.train.recipe import RunConfig, Stage, StageSettings, TrainConfig
+from codeflow.train.vocabulary import TOKENIZER, require_same_tokens
 
 DEFAULT_STEPS = 200
 """Length of a run without stages that says nothing about it."""
+
+HOLDOUT, HOLDOUT_ROWS, HOLDOUT_FROM = 0.05, 500, 50
+"""Where nothing is said: this share of the rows is held out, no more than so many, if there are
+enough. A loss over 500 rows is sharp enough; of a few rows, each is needed for training."""
 
 _SAME_THING = (
     {"steps", "tokens"},
@@ -24,6 +29,9 @@ _SAME_THING = (
     {"decay_steps", "decay_share"},
 )
 """Settings of a stage that say one thing in two units."""
+
+_OF_DATASETS = ("mine", "dedup", "filter", "tokenizer", "compose", "pack")
+"""Sections of the other kind of recipe, which is easily given for one of this kind."""
 
 _INHERITED = tuple(f.name for f in dataclasses.fields(StageSettings))
 
@@ -62,9 +70,17 @@ class StagePlan:
         return round(self.steps * self.batch_rows * _row_tokens(self.stage, self.manifest))
 
     @property
+    def holdout(self) -> float:
+        """Share of its rows that is kept from training."""
+        if self.stage.holdout is not None:
+            return self.stage.holdout
+        rows = self.manifest.rows
+        return min(HOLDOUT, HOLDOUT_ROWS / rows) if rows >= HOLDOUT_FROM else 0.0
+
+    @property
     def epochs(self) -> float:
         """How often it goes through its training rows."""
-        rows = max(1, round(self.manifest.rows * (1 - self.stage.holdout)))
+        rows = max(1, round(self.manifest.rows * (1 - self.holdout)))
         return self.steps * self.batch_rows / rows
 
 
@@ -135,6 +151,8 @@ def resolve(
     settings = _build(mapping, SIZES[size] if size else {}, where)
     stages = settings.stage or (Stage(name="train", **_inherited(settings.train)),)
     manifests = _read_manifests(stages, shards)
+    if settings.train.initialise_from:
+        _require_tokens_of(Path(settings.train.initialise_from), manifests)
     model = settings.model
     if "vocab_size" not in mapping.get("model", {}):
         source = model.vocab_size if settings.train.initialise_from else 1
@@ -154,6 +172,12 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"--config {file}: cannot be read: {e}") from e
     mapping = read_toml(text, str(file))
+    if sections := [f"[{name}]" for name in _OF_DATASETS if name in mapping]:
+        raise RecipeError(
+            f"{file}: is a recipe for a dataset (it has {', '.join(sections)}), for `codeflow "
+            "build --recipe`. A training recipe has [model], [train] and [[stage]]; without "
+            "--recipe, --size and --set say the same."
+        )
     tables = mapping.get("stage", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise RecipeError(f"{file}: `stage` is a list of tables; write [[stage]]")
@@ -252,6 +276,17 @@ def _read_manifests(
             read[stage.shards] = read_manifest(stage.shards)
     manifests = [shards if stage.shards is None else read[stage.shards] for stage in stages]
     return [manifest for manifest in manifests if isinstance(manifest, Manifest)]
+
+
+def _require_tokens_of(source: Path, manifests: Sequence[Manifest]) -> None:
+    """Refuse data whose ids are other tokens than the weights to start from know."""
+    for manifest in manifests:
+        require_same_tokens(
+            source,
+            manifest,
+            f"Pack with the tokenizer of train.initialise_from, or take {source / TOKENIZER} away "
+            "to start from its layers all the same.",
+        )
 
 
 def _plan(

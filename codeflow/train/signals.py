@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from codeflow.errors import CodeflowError
+
+_INSISTING_S = 5.0
 
 
 class Stopped(CodeflowError):
@@ -19,7 +22,11 @@ class Stopped(CodeflowError):
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGINT are noted instead of obeyed; the second one is obeyed.
+    """While open, SIGTERM and SIGINT are noted instead of obeyed.
+
+    A second SIGINT is obeyed when it comes five seconds later, from a person who insists. Sooner,
+    or as SIGTERM, it is the same request again: where a scheduler signals every process, torchrun
+    signals them once more, and the run must still get to save. Programs that insist have SIGKILL.
 
     Python hands signals to the main thread alone, so in another one this does nothing.
 
@@ -29,6 +36,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.caught: signal.Signals | None = None
+        self._caught_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -46,8 +54,11 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number)
-        self._restore()
+        if self.caught is None:
+            self.caught, self._caught_at = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._caught_at > _INSISTING_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._previous:

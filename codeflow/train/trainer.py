@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from codeflow.errors import UsageError
 from codeflow.load import Manifest, ShardDataset
-from codeflow.train import checkpoint, parallel
+from codeflow.train import checkpoint, parallel, trained_on
 from codeflow.train.batches import Batch, batches, collate
 from codeflow.train.errors import TrainingError
 from codeflow.train.estimate import choose_checkpointing
@@ -50,6 +50,7 @@ from codeflow.train.resolve import Run, StagePlan, resolve
 from codeflow.train.schedule import learning_rate
 from codeflow.train.signals import Stopped, StopSignals
 from codeflow.train.skip import SkipRule
+from codeflow.train.trained_on import TrainedOn
 
 __all__ = ["TrainResult", "collate", "run", "train"]
 
@@ -61,6 +62,7 @@ class Job:
     Attributes:
         module: What to call: the model, or what `parallel` wrapped around it.
         metrics: On rank 0 alone.
+        before: What the weights that the run began with were trained on.
         saved: The last checkpoint.
     """
 
@@ -74,6 +76,7 @@ class Job:
     signals: StopSignals
     metrics: Metrics | None
     folder: Path
+    before: list[TrainedOn]
     saved: Path | None
     started: float
 
@@ -123,6 +126,7 @@ def run(
 def train(run: Run, out: Path, world: World, *, resume: bool = False) -> TrainResult:
     """Train a resolved run; every process of `world` calls it. See `run`."""
     config, folder = run.train, out / "checkpoints"
+    checkpoint.make_run_folder(out, world)
     found = parallel.from_rank_0(checkpoint.latest(folder), world)
     if found and not resume:
         raise UsageError(f"{out}: holds a run ({found.name}); add --resume, or use another --out")
@@ -146,10 +150,10 @@ def train(run: Run, out: Path, world: World, *, resume: bool = False) -> TrainRe
         progress, loader = Progress(**state["progress"]), state["loader"]
         rule.load_state_dict(state["skip"])
         run.require_stage(state["stage"], progress.step, found)
+    source = found or config.initialise_from
     with contextlib.ExitStack() as closing:
         metrics = None
         if world.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
             sinks = chosen_sinks(run, out, progress.step)
             metrics = Metrics(out / "metrics.jsonl", progress.step, sinks)
             closing.callback(metrics.close)
@@ -159,6 +163,7 @@ def train(run: Run, out: Path, world: World, *, resume: bool = False) -> TrainRe
         signals = closing.enter_context(StopSignals())
         job = Job(
             run, world, model, module, optimizers, progress, rule, signals, metrics, folder,
+            before=trained_on.read(Path(source)) if source else [],
             saved=found, started=time.perf_counter(),
         )  # fmt: skip
         for plan in run.stages:
@@ -176,7 +181,7 @@ def _train_stage(job: Job, plan: StagePlan, loader: dict[str, Any]) -> None:
         rank=job.world.rank,
         world_size=job.world.world_size,
         epochs=None,
-        holdout=plan.stage.holdout,
+        holdout=plan.holdout,
     )
     if progress.step > plan.first:
         stream.load_state_dict(loader)
@@ -193,13 +198,13 @@ def _train_stage(job: Job, plan: StagePlan, loader: dict[str, Any]) -> None:
         sums, output = _forward_and_backward(job, batch)
         following = next(steps)  # read while the device works
         loss, norm, stopping = sums.tolist()  # the one wait for the device
+        targets, tokens, cropped = batch.counts.tolist()  # before the optimizer gives it work again
         skip = rule.skips(loss, norm)
         if not skip:
             for optimizer in job.optimizers:
                 optimizer.step()
         for optimizer in job.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        targets, tokens, cropped = batch.counts.tolist()
         progress.add(loss, tokens, cropped)
         window.add(batch, job.run.model)
 
@@ -223,7 +228,7 @@ def _train_stage(job: Job, plan: StagePlan, loader: dict[str, Any]) -> None:
             )
             window = Window(time.perf_counter())
         paused = time.perf_counter()
-        if plan.stage.holdout and (step % config.evaluate_every == 0 or last):
+        if plan.holdout and (step % config.evaluate_every == 0 or last):
             _evaluate(job, plan)
         if step % config.checkpoint_every == 0 or last or stopping:
             _save(job, plan, batch)
@@ -254,11 +259,11 @@ def _forward_and_backward(job: Job, batch: Batch) -> tuple[Tensor, Output]:
 
 
 def _build_model(run: Run, world: World, *, fresh: bool) -> LoopCoder:
-    """The model, on rank 0 with its first weights, elsewhere without: those of rank 0 count."""
+    """The model; with its first weights where these are needed: on rank 0 of a run that begins."""
     config, memory = run.train, None
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
-    with torch.device("cpu" if world.rank == 0 else "meta"):
+    with torch.device("cpu" if fresh and world.rank == 0 else "meta"):
         model = LoopCoder(
             run.model,
             backend=config.backend,
@@ -314,7 +319,7 @@ def _evaluate(job: Job, plan: StagePlan) -> None:
         rank=world.rank,
         world_size=world.world_size,
         epochs=None,  # as many rows on every rank, were it by starting again
-        holdout=plan.stage.holdout,
+        holdout=plan.holdout,
         part="heldout",
         with_docs=True,
     )
@@ -350,7 +355,15 @@ def _save(job: Job, plan: StagePlan, batch: Batch) -> None:
         keep=job.run.train.keep_checkpoints,
         world=job.world,
         tokenizer=plan.manifest.folder / "tokenizer.json",
+        data=_trained_on(job, plan),
     )
+
+
+def _trained_on(job: Job, plan: StagePlan) -> list[TrainedOn]:
+    """What the weights have seen by now; data of several stages are named once."""
+    begun = (p for p in job.run.stages if p.first <= plan.first)
+    seen = [TrainedOn(str(p.manifest.folder), p.manifest.sha256, p.holdout) for p in begun]
+    return list(dict.fromkeys([*job.before, *seen]))
 
 
 def _stop(job: Job) -> NoReturn:

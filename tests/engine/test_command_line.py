@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from engine_builds import (
     write_list,
 )
 
-from codeflow.cli import cli
+from codeflow.cli import cli, main
 from codeflow.dataset import Dataset
 from codeflow.steps import STEPS
 
@@ -181,10 +182,19 @@ def test_a_build_in_json_from_dry_run_to_nothing_to_do(
     arguments = ["build", "--repos", listed, "--out", tmp_path / "data", *OVERRIDES]
     before = listing(tmp_path)
     planned = json.loads(codeflow(*arguments, "--dry-run", "--json").stdout)
-    assert planned == {
-        s.name: {"to_run": 1 if s.scope == "dataset" else 2, "done": 0} for s in STEPS
+    bounds = {"fetch": "exactly", **dict.fromkeys(("families", "survey"), "at most")}
+    assert planned["steps"] == {
+        s.name: {
+            "to_run": 1 if s.scope == "dataset" else 2,
+            "done": 0,
+            "bound": bounds.get(s.name, "at most" if s.scope == "dataset" else "about"),
+        }
+        for s in STEPS
     }
-    assert "to run" in codeflow(*arguments, "--dry-run").stdout
+    assert (planned["added"], planned["removed"]) == (["depot", "ledger"], [])
+    told = codeflow(*arguments, "--dry-run").stdout
+    assert "families   at most      1 to run" in told
+    assert "repositories added: 2 (depot, ledger)" in told
     assert listing(tmp_path) == before
     done = codeflow(*arguments, "--json", "--workers", "2")
     summary = json.loads(done.stdout)
@@ -197,6 +207,66 @@ def test_a_build_in_json_from_dry_run_to_nothing_to_do(
     assert codeflow("verify", tmp_path / "data").stdout.endswith(" 0 problems\n")
     result = json.loads(codeflow("verify", tmp_path / "data", "--json").stdout)
     assert result["proven"] == result["triples"] == summary["triples"]
+
+
+def test_a_shorter_list_is_announced_before_and_while_it_deletes(
+    built: Path, repositories: Repositories, tmp_path: Path
+) -> None:
+    out = shutil.copytree(built, tmp_path / "data")
+    listed = write_list(tmp_path / "list", repositories[:2])
+    arguments = ["build", "--repos", listed, "--out", out, *OVERRIDES, "--limit", "1"]
+    before = fingerprint(out)
+    told = codeflow(*arguments, "--dry-run").stdout
+    assert "repositories removed with all their data: 1 (ledger)" in told
+    assert fingerprint(out) == before
+    assert "1 removed with all their data: ledger" in codeflow(*arguments).stderr
+    told = " ".join(codeflow("build", "--help").stdout.split())
+    assert "data of repositories that are no longer listed are deleted" in told
+
+
+def test_nothing_to_prove_is_said(tmp_path: Path) -> None:
+    Dataset.create(tmp_path / "data")
+    told = codeflow("verify", tmp_path / "data").stdout
+    assert told == "no triples to prove: none was mined; 0 files checked, 0 problems\n"
+
+
+def test_verify_names_the_remedy(built: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(built, tmp_path / "data"))
+    for path in out.glob("shards/*.parquet"):
+        path.unlink()
+    told = codeflow("verify", out, expect=1).stderr
+    assert f"that are damaged, then run `codeflow pack {out} --failed`" in told
+    codeflow("pack", out, "--failed")
+    assert codeflow("verify", out).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("pack", "interrupted; finished units are kept: run the same command to go on"),
+        ("train", "interrupted; checkpoints written so far are kept: go on .* --resume"),
+        ("show", "interrupted"),
+    ],
+)
+def test_an_interruption_says_what_holds_for_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, told: str
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("codeflow.cli.cli.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["codeflow", command, "data"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert re.fullmatch(told, capsys.readouterr().err.strip())
+
+
+def test_a_changed_setting_is_told_with_its_values_quoted(built: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(built, tmp_path / "data")
+    done = codeflow("compose", out, "--set", "compose.context=none")
+    assert 'recipe changed: compose.context "changed" -> "none"' in done.stderr
+    assert f"out of date: pack: run `codeflow pack {out}`" in done.stdout
 
 
 def test_limit_takes_the_first_repositories(repositories: Repositories, tmp_path: Path) -> None:

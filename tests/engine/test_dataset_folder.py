@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from codeflow.dataset import FORMAT_VERSION, DataFile, Dataset, Marker, write_atomically
 from codeflow.errors import DatasetError
 from codeflow.recipe import Recipe, load_recipe
+from codeflow.storage import ObjectPath
 from codeflow.work import Work
 
 
@@ -66,6 +68,19 @@ def test_create_refuses_a_folder_with_other_things_and_leaves_it(tmp_path: Path)
     with pytest.raises(DatasetError, match=r"not empty \(it holds `thesis\.tex`\).*--out"):
         Dataset.create(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("method", ["exists", "iterdir"])
+@pytest.mark.parametrize("action", ["create", "find"])
+def test_a_folder_that_may_not_be_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, method: str
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, method, denied)
+    with pytest.raises(DatasetError, match=f"cannot read {tmp_path}: Permission denied; get"):
+        getattr(Dataset, action)(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
@@ -192,11 +207,32 @@ def test_a_damaged_table_is_named(dataset: Dataset, damage: str) -> None:
         path.write_bytes(data)
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
-    with pytest.raises(DatasetError, match=f"(?s){path.name} cannot be read .*run the build again"):
+    assert dataset.whole(dataset.markers("compose")) == (
+        dataset.markers("compose") if damage == "flipped" else []
+    )
+    advice = "" if damage == "missing" else "delete it, then "
+    advice = re.escape(f": {advice}run `codeflow pack {dataset.root} --failed`")
+    with pytest.raises(DatasetError, match=rf"(?s){path.name} cannot be read \(.*\){advice}"):
         dataset.read("rejects")
     work = Work(dataset.root, "x", "0" * 24, {"rejects": [path]})
     with pytest.raises(DatasetError, match=f"{path.name} cannot be read"):
         list(work.batches("rejects"))
+
+
+def test_an_object_store_is_asked_once_a_table(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    markers = [write_changes(dataset, unit) for unit in ("a", "b", "c")]
+    remote = Dataset(ObjectPath("s3://bucket/data"))
+    asked = []
+
+    def listing(folder: ObjectPath) -> list[ObjectPath]:
+        asked.append(str(folder))
+        return [remote.root / f.path for m in markers[1:] for f in m.files]
+
+    monkeypatch.setattr("codeflow.dataset.files_below", listing)
+    assert remote.whole(markers) == markers[1:]
+    assert asked == ["s3://bucket/data/tables/rejects"]
 
 
 # -- atomic writes and housekeeping ---------------------------------------------------------------

@@ -34,7 +34,8 @@ def test_a_broken_repository_is_quarantined_reported_and_tried_again_on_demand(
     arguments = ["build", "--repos", listed, "--out", tmp_path / "data", *overrides]
     first = codeflow(*arguments, expect=3)
     assert "failed: fetch broken-" in first.stdout
-    assert "1 units failed" in first.stderr
+    assert "failed: failed" not in first.stdout
+    assert "1 unit failed" in first.stderr
     assert "--failed" in first.stderr
     stored = fingerprint(tmp_path / "data")
     again = codeflow(*arguments, expect=3)
@@ -76,6 +77,31 @@ def test_rows_that_hold_no_document_stop_with_advice(
     rejects = Dataset.open(tmp_path / "data").read("rejects").to_pylist()
     assert {r["reason"] for r in rejects} == {"too_long"}
     assert all(r["detail"].endswith("tokens without context, pack.length is 128") for r in rejects)
+
+
+@pytest.mark.parametrize(
+    ("function", "step"),
+    [
+        ("codeflow.mine.run.run", "mine"),
+        ("codeflow.filter.score.run", "score"),
+        ("codeflow.filter.decide.run", "decide"),
+        ("codeflow.compose.run.run", "compose"),
+    ],
+)
+def test_units_that_all_failed_are_the_reason_and_no_setting(
+    repositories: Repositories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    step: str,
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(function, fails)
+    said = rf"^all 2 units of `{step}` failed: .*no luck.*\n.*--failed"
+    with pytest.raises(CodeflowError, match=said):
+        run_build(tmp_path / "data", repositories[:2])
 
 
 def test_a_failed_common_step_says_how_to_go_on(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,10 @@ from engine_builds import (
 
 from codeflow.dataset import Dataset
 from codeflow.errors import DatasetError, UsageError
-from codeflow.pipeline import RunOptions, build, plan
+from codeflow.mine.sources import parse_sources
+from codeflow.pipeline import Plan, RunOptions, StepPlan, build, plan
 from codeflow.recipe import Recipe
+from codeflow.report.summary import summarize
 from codeflow.steps import STAGES, STEPS
 
 Repositories = tuple[Path, Path, Path]
@@ -131,7 +135,9 @@ def test_a_removed_repository_leaves_nothing_behind(
     data: Path, repositories: Repositories, tmp_path: Path
 ) -> None:
     _, seen = run_build(data, repositories[:1])
-    assert seen.notes == ["list of repositories changed: 0 added, 1 removed"]
+    assert seen.notes == [
+        "list of repositories changed: 0 added, 1 removed with all their data: ledger"
+    ]
     run_build(tmp_path / "fresh", repositories[:1])
     assert fingerprint(data) == fingerprint(tmp_path / "fresh")
 
@@ -189,15 +195,109 @@ def test_an_unknown_stage_and_a_missing_dataset_are_refused(tmp_path: Path) -> N
 
 
 def test_a_plan_tells_what_will_run_and_writes_nothing(data: Path) -> None:
-    assert plan(data, recipe(), None) == {
-        s.name: (0, 1 if s.scope == "dataset" else 2) for s in STEPS
-    }
+    nothing = {s.name: StepPlan(0, 1 if s.scope == "dataset" else 2) for s in STEPS}
+    assert plan(data, recipe(), None) == Plan(nothing, (), ())
     before = {p: p.stat().st_mtime_ns for p in data.rglob("*")}
-    changed = plan(data, recipe("dedup.threshold=0.8"), None)
-    assert [name for name, (todo, _) in changed.items() if todo] == [
-        "cluster", "decide", "tokenizer", "compose", "pack",
-    ]  # fmt: skip
+    changed = plan(data, recipe("dedup.threshold=0.8"), None).steps
+    assert {name: (s.to_run, s.bound) for name, s in changed.items() if s.to_run} == {
+        "cluster": (1, "exactly"),
+        "decide": (2, "at most"),
+        "tokenizer": (1, "at most"),
+        "compose": (2, "at most"),
+        "pack": (1, "at most"),
+    }
     assert {p: p.stat().st_mtime_ns for p in data.rglob("*")} == before
+
+
+def test_a_plan_counts_the_slices_it_knows(repositories: Repositories, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    sliced = ("mine.slice_commits=5",)
+    run_build(root, repositories[:1], *sliced, until="mine")
+    slices = len(Dataset.open(root).markers("mine"))
+    assert slices > 2
+    mined_anew = plan(root, recipe(*sliced, "mine.max_lines=300"), None).steps
+    assert mined_anew["mine"] == StepPlan(slices, 0)
+    assert mined_anew["score"] == StepPlan(slices, 0, "at most")
+    sources = parse_sources([str(path) for path in repositories[:2]], "list")
+    grown = plan(root, recipe(*sliced), sources)
+    assert grown.steps["fetch"] == StepPlan(1, 1)
+    assert grown.steps["survey"] == StepPlan(2, 0, "at most")
+    assert grown.steps["mine"] == StepPlan(slices + 1, 0, "about")
+    assert (grown.added, grown.removed) == (("ledger",), ())
+
+
+def test_a_plan_refuses_what_a_build_refuses(
+    data: Path, repositories: Repositories, tmp_path: Path
+) -> None:
+    sources = parse_sources([str(repositories[2])], "list")
+    with pytest.raises(DatasetError, match=r"made with recipe `default`.*--replace-recipe"):
+        plan(data, recipe("name=other"), sources)
+    options = RunOptions(replace_recipe=True)
+    planned = plan(data, recipe("name=other"), sources, options)
+    assert (planned.added, planned.removed) == (("depot",), ("ledger", "stockroom"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(DatasetError, match="not a codeflow dataset and not empty"):
+        plan(tmp_path / "foreign", recipe(), sources)
+
+
+def test_a_plan_counts_what_options_would_run_again(data: Path) -> None:
+    assert plan(data, recipe(), None, RunOptions(update=True)).steps["fetch"] == StepPlan(2, 0)
+    dataset = Dataset.open(data)
+    score = dataset.markers("score")[0]
+    dataset.commit(replace(score, status="quarantined"))
+    assert plan(data, recipe(), None).steps["score"] == StepPlan(0, 2)
+    retried = plan(data, recipe(), None, RunOptions(retry_failed=True)).steps
+    assert retried["score"] == StepPlan(1, 1)
+
+
+# -- files that are gone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "cut", "step"),
+    [
+        ("tables/triples/ledger-*", 0, "mine"),
+        ("tables/triples/ledger-*", 1, "mine"),
+        ("tables/edges/*", 0, "cluster"),
+        ("tables/tokenizer/*", 1, "tokenizer"),
+        ("shards/*.parquet", 0, "pack"),
+        ("shards/*.parquet", 1, "pack"),
+        ("shards/manifest.json", 0, "pack"),
+    ],
+)
+def test_a_unit_whose_file_is_gone_or_cut_is_done_again_to_the_same_bytes(
+    data: Path, built: Path, pattern: str, cut: int, step: str
+) -> None:
+    (path,) = data.glob(pattern)
+    if cut:
+        path.write_bytes(path.read_bytes()[:-cut])
+    else:
+        path.unlink()
+    assert summarize(Dataset.open(data), recipe()).update == f"codeflow pack {data}"
+    seen = Recorder()
+    result = build(data, recipe(), None, seen, RunOptions(executor="inline"))
+    assert (seen.steps, result.ran) == ([step], 1)
+    assert fingerprint(data) == fingerprint(built)
+
+
+def test_the_advice_for_a_damaged_file_mends_it(data: Path, built: Path) -> None:
+    (path,) = data.glob("tables/triples/ledger-*")
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    advice = f"delete it, then run `codeflow pack {data} --failed`"
+    filtered = recipe("filter.min_message_words=4")
+    inline = RunOptions(executor="inline")
+    result = build(data, filtered, None, Recorder(), inline, "filter")
+    assert [m.step for m in result.quarantined] == ["decide"]
+    assert advice in result.quarantined[0].reason
+    with pytest.raises(DatasetError, match=re.escape(advice)):
+        Dataset.open(data).read("triples")
+    path.unlink()
+    again = replace(inline, retry_failed=True)
+    assert build(data, recipe(), None, Recorder(), again).exit_code == 0
+    assert fingerprint(data) == fingerprint(built)
 
 
 def test_a_recipe_of_another_name_needs_a_word(data: Path, repositories: Repositories) -> None:

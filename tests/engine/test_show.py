@@ -9,12 +9,14 @@ from typing import Any
 import click
 import pyarrow as pa
 import pytest
-from engine_builds import recipe, run_build
+from engine_builds import Recorder, recipe, run_build
 
 from codeflow.dataset import Dataset
 from codeflow.errors import DatasetError, UsageError
+from codeflow.pipeline import RunOptions, build
 from codeflow.report.show import show
 from codeflow.report.summary import render, summarize
+from codeflow.steps import STAGES
 from codeflow.tables import TABLES
 from codeflow.work import Work
 
@@ -78,6 +80,16 @@ def test_decisions_lists_every_drop(dataset: Dataset) -> None:
     assert dropped
     assert len(lines) == 1 + len(dropped)
     assert all(any(d["triple_id"] in x and d["reason"] in x for x in lines) for d in dropped)
+
+
+def test_rejects_lists_every_triple_that_gave_no_document(built: Path, tmp_path: Path) -> None:
+    dataset = Dataset(Path(shutil.copytree(built, tmp_path / "data")))
+    build(dataset.root, recipe("pack.length=1024"), None, Recorder(), RunOptions("inline"))
+    rejects = dataset.read("rejects").to_pylist()
+    lines = show(dataset, "rejects").splitlines()
+    assert rejects
+    assert len(lines) == 1 + len(rejects)
+    assert all(any(r["triple_id"] in x and r["detail"] in x for x in lines) for r in rejects)
 
 
 def test_an_unknown_id_says_what_there_is(dataset: Dataset) -> None:
@@ -180,3 +192,61 @@ def test_the_summary_of_a_dataset_without_shards_tells_of_none(
     text = render(s, recipe())
     assert "triples" in text
     assert "shards" not in text
+    assert "out of date" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "current", "gone"),
+    [
+        ("mine.max_lines=300", "mine", ("mine",), ("kept", "documents", "rows")),
+        (
+            "filter.min_message_words=9",
+            "filter",
+            ("mine", "dedup", "filter"),
+            ("documents", "rows"),
+        ),
+        ("pack.length=8192", "filter", ("mine", "dedup", "filter"), ("documents", "rows")),
+        ("pack.group_tokens=8192", "compose", ("mine", "dedup", "filter", "compose"), ("rows",)),
+    ],
+)
+def test_the_summary_tells_nothing_of_what_is_out_of_date(
+    built: Path, tmp_path: Path, override: str, stage: str, current: tuple[str, ...],
+    gone: tuple[str, ...],
+) -> None:  # fmt: skip
+    dataset = Dataset(Path(shutil.copytree(built, tmp_path / "data")))
+    changed = recipe(override)
+    build(dataset.root, changed, None, Recorder(), RunOptions("inline"), stage)
+    s = summarize(dataset, changed)
+    assert s.stages == current
+    assert s.out_of_date == tuple(x for x in STAGES if x not in current)
+    assert s.update == f"codeflow pack {dataset.root}"
+    numbers = s.as_json()
+    assert all(numbers[name] == 0 for name in gone)
+    text = render(s, changed)
+    assert not [line for line in text.splitlines() for name in gone if f" {name} " in line]
+    assert f"out of date: {', '.join(s.out_of_date)}: run `codeflow pack {dataset.root}`" in text
+    build(dataset.root, changed, None, Recorder(), RunOptions("inline"))
+    s = summarize(dataset, changed)
+    assert (s.stages, s.out_of_date, s.update) == (STAGES, (), "")
+    assert s.row_length == changed.pack.length
+
+
+def test_the_summary_of_an_unfinished_mining_has_no_numbers_of_it(
+    built: Path, tmp_path: Path
+) -> None:
+    dataset = Dataset(Path(shutil.copytree(built, tmp_path / "data")))
+    dataset.forget("mine", [dataset.markers("mine")[0].unit])
+    s = summarize(dataset, recipe())
+    assert (s.triples, s.stages, s.out_of_date) == (0, (), STAGES)
+    assert "2 listed" in render(s, recipe())
+
+
+def test_the_summary_does_not_need_the_vocabulary_file(built: Path, tmp_path: Path) -> None:
+    """As on another machine, which has the dataset alone."""
+    dataset = Dataset(Path(shutil.copytree(built, tmp_path / "data")))
+    file = tmp_path / "tokenizer.json"
+    shutil.copy(built / "shards/tokenizer.json", file)
+    own = recipe(f"tokenizer.path={file}")
+    build(dataset.root, own, None, Recorder(), RunOptions("inline"))
+    file.unlink()
+    assert summarize(dataset, own).stages == STAGES

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,23 @@ def test_a_manifest_cannot_reach_outside_its_folder(tmp_path: Path) -> None:
     content["shards"][0]["file"] = "../" * 3 + content["shards"][0]["file"]
     file.write_text(json.dumps(content))
     assert read_manifest(data).shards[0].path.parent == data / "shards"
+
+
+def test_a_dataset_without_shards_is_told_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "codeflow-dataset"}')
+    with pytest.raises(ShardError, match=r"not a manifest of shards.*`codeflow pack` has finished"):
+        read_manifest(tmp_path)
+
+
+def test_a_closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path / "data")
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:  # permissions do not bind root
+        if path.parent.name == "shards":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(ShardError, match=r"shards/manifest\.json: no permission to read it"):
+        read_manifest(data)

@@ -218,8 +218,9 @@ def test_command_line_evaluates_the_held_out_rows(
     arguments = [str(checkpoint), "--shards", str(data), "--device", "cpu", "--json"]
     lengths = token_bytes(data / "shards" / "tokenizer.json", END + 1)
     cases: list[tuple[list[str], dict[str, object], int | None]] = [
-        ([], {"holdout": 0.05, "part": "heldout"}, None),
+        (["--holdout", "0.05"], {"holdout": 0.05, "part": "heldout"}, None),
         (["--holdout", "0.3"], {"holdout": 0.3, "part": "heldout"}, None),
+        ([], {}, None),  # which rows were held out is not known of this model
         (["--all"], {}, None),
         (["--all", "--rows", "3"], {}, 3),
     ]
@@ -231,6 +232,7 @@ def test_command_line_evaluates_the_held_out_rows(
         assert found["loss"] == pytest.approx(wanted.loss)
         assert found["bits_per_byte"] == pytest.approx(wanted.bits_per_byte)
         assert found["by_role"].keys() == wanted.by_role.keys()
+        assert found["held_out"] is None
 
 
 def test_command_line_prints_a_table(
@@ -238,7 +240,8 @@ def test_command_line_prints_a_table(
 ) -> None:
     arguments = [str(checkpoint), "--shards", str(data), "--device", "cpu", "--all"]
     assert main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "all rows; whether the model was trained on them is not known"
     assert "nats per target" in lines[0]
     assert "bits per byte" in lines[0]
     assert [line.split()[0] for line in lines if line] == [

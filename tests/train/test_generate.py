@@ -305,3 +305,5 @@ def test_command_line_without_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "checkpoints").mkdir()
     assert main([str(tmp_path), "--prompt", "x"]) == 1
     assert "no complete checkpoint yet" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), "--prompt", "x"]) == 2
+    assert "none: no such folder" in capsys.readouterr().err

@@ -258,9 +258,22 @@ def test_main_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     out = tmp_path / "deep" / "out"
     arguments = ["export", str(source), str(out), "--target", "vllm", "--dtype", "bfloat16"]
     assert main([*arguments, "--shard-bytes", "9000"]) == 0
-    assert capsys.readouterr().out.strip() == str(out)
+    first, files, then = capsys.readouterr().out.splitlines()
+    assert first == str(out)
+    assert "MB in config.json, configuration_loopcoder.py" in files
+    assert then == f"next: vllm serve {out} --trust-remote-code"
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "x")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_main_exports_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
+    for step in (3, 12):
+        model = random_model(replace(SMALL, max_position_embeddings=1000 + step))
+        export(model, tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert load_model(tmp_path / "out").config.max_position_embeddings == 1012

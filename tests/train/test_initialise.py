@@ -164,12 +164,19 @@ def test_main_imports(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "looped"
     arguments = ["import", str(dense), str(out), "--window", "6", "--vocab-size", "48"]
     assert main([*arguments, "--fold", "--loops", "2"]) == 0
-    assert capsys.readouterr().out.strip() == str(out)
+    first, _, then = capsys.readouterr().out.splitlines()
+    assert first == str(out)
+    assert then.endswith(f"train.initialise_from={out}")
     config = read_hf_config(out)
     assert config == replace(
         DENSE, num_hidden_layers=2, loop_num=2, loop_window_size=6, vocab_size=48
     )
     assert run(load_model(out)).gate_means.eq(0.5).all()
+
+
+def test_main_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

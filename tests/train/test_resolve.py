@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -220,3 +221,24 @@ def test_a_list_of_tables_is_built_and_written_back() -> None:
 def test_every_named_size_resolves(folder: Path) -> None:
     for size in SIZES:
         assert resolve(folder / "short", size=size).model.vocab_size == 257
+
+
+def test_a_little_is_held_out_of_enough_rows(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", random_rows(60, 8), length=8)
+    (plan,) = resolve(data).stages
+    assert plan.holdout == 0.05
+    assert plan.epochs == pytest.approx(200 / 57)
+    for rows, share in ((49, 0.0), (50, 0.05), (10_000, 0.05), (1_000_000, 0.0005)):
+        manifest = dataclasses.replace(plan.manifest, rows=rows)
+        assert dataclasses.replace(plan, manifest=manifest).holdout == share
+    for said in (0.0, 0.3):
+        (plan,) = resolve(data, overrides=[f"train.holdout={said}"]).stages
+        assert plan.holdout == said
+
+
+def test_a_recipe_for_a_dataset_is_recognised(folder: Path) -> None:
+    file = Path(__file__).parents[2] / "pipelines" / "quickstart.toml"
+    with pytest.raises(
+        RecipeError, match=r"quickstart\.toml: is a recipe for a dataset.*\[model\]"
+    ):
+        resolve(folder / "long", config=file)

@@ -48,10 +48,22 @@ def test_a_stopped_run_saves_and_can_be_resumed(tmp_path: Path, number: signal.S
     assert_same_end(whole, out, step + 3)
 
 
-def test_the_second_signal_is_obeyed() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_twice_at_once_is_one_request(number: signal.Signals) -> None:
     with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.caught == signal.SIGINT
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert signals.caught == number
+
+
+def test_who_insists_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("codeflow.train.signals.time.monotonic", lambda: now)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now += 6
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.caught == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -117,3 +117,27 @@ def test_two_processes_are_one(data: Path, tmp_path: Path, strategy: str) -> Non
     for folder in (out, tmp_path / "one"):
         assert small(data, folder, 8, *more, resume=True).steps == 8
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_folder_that_cannot_be_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is made, in one sentence."""
+    file = tmp_path / "list.txt"
+    file.touch()
+
+    def refused(out: Path, message: str) -> None:
+        base = ["--shards", str(data), "--steps", "1", *SMALL_ARGUMENTS]
+        assert main([*base, "--out", str(out)]) == 2
+        assert f"--out {out}: {message}" in capsys.readouterr().err
+
+    refused(file, "there is a file")
+    refused(file / "run", "there is a file")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind root
+    refused(tmp_path, "no permission to write there")
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    refused(tmp_path / "run", "cannot be made: Permission denied")
