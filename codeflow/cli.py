@@ -432,10 +432,12 @@ def schema(table: str, write: Path | None) -> None:
 Examples:
   codeflow train --shards data/ --out run/ --steps 300
   codeflow train --shards data/ --out run/ --size small --set train.learning_rate=3e-4
-  codeflow train --shards data/ --size 1.2b --set train.dtype=bfloat16 --dry-run
-  codeflow train --recipe pipelines/train-stages.toml --out run/
-  codeflow train --recipe pipelines/train-stages.toml --out run/ --resume
+  codeflow train --shards data/ --size 1.2b --dry-run
+  codeflow train --recipe stages.toml --out run/
+  codeflow train --recipe stages.toml --out run/ --resume
   torchrun --nproc-per-node 2 -m codeflow.train --shards data/ --out run/ --size 1.2b
+
+stages.toml is your copy of pipelines/train-stages.toml, with your own data in its `shards` lines.
 """
 )
 @click.option("--shards", help="Dataset folder, shards folder or its manifest.json; the data of "
