@@ -50,7 +50,8 @@ def main() -> int:
     print(f"  model         {result['parameters']:,} parameters, LoopCoder on the CPU")
     print(
         f"  training      {result['steps']} steps, {result['tokens']:,} tokens: "
-        f"loss {result['first_loss']:.3f} at the first step, {result['last_loss']:.3f} at the last"
+        f"loss {result['first_losses_mean']:.2f} in the first ten, "
+        f"{result['last_losses_mean']:.2f} in the last ten"
     )
     print(f"  run           {run}/metrics.jsonl, {run}/checkpoints/")
     print(f"  took          {time.monotonic() - started:.0f} s")
