@@ -1,8 +1,8 @@
 """Line diffs of two texts, by libgit2, which is shown only the stretch that differs.
 
 Most of a diff's time goes into hashing lines that are the same on both sides: of redis, 18 % of the
-bytes of changed files lie between the first and the last difference. Cutting the rest away halves
-the time. The cut leaves what a patch says of the lines around a change: its context and the heading
+bytes of changed files lie between the first and the last difference. Cutting the rest away takes a
+third off (1.36 to 0.90 CPU s for its window). The cut leaves what a patch says of the lines around a change: its context and the heading
 behind `@@`.
 
 The heuristics of xdiff weigh a line by how often it occurs in what they are shown. So 56 of the
