@@ -2,8 +2,8 @@
 
 Most of a diff's time goes into hashing lines that are the same on both sides: of redis, 18 % of the
 bytes of changed files lie between the first and the last difference. Cutting the rest away takes a
-third off (1.36 to 0.90 CPU s for its window). The cut leaves what a patch says of the lines around a change: its context and the heading
-behind `@@`.
+third off (1.36 to 0.90 CPU s for its window). The cut leaves what a patch says of the lines around
+a change: its context and the heading behind `@@`.
 
 The heuristics of xdiff weigh a line by how often it occurs in what they are shown. So 56 of the
 8,919 files changed in the windows of five repositories get other hunks than from the whole files,
